@@ -1,0 +1,41 @@
+//! Metadata field ids that KVM's TDX layer reads or writes.
+//!
+//! Source: Linux, arch/x86/kvm/vmx/tdx_arch.h and tdx.c; TDX module ABI, metadata fields.
+
+/// Field ids for TDH.MNG.RD, TDH.VP.RD and TDH.VP.WR.
+pub mod field {
+    /// TDCS: TSC offset.
+    pub const TD_TSC_OFFSET: u64 = 0x1100_0000_0000_000A;
+    /// TDCS: TSC multiplier.
+    pub const TD_TSC_MULTIPLIER: u64 = 0x1100_0000_0000_000B;
+    /// TDR: children of the TD, in 4 KiB units.
+    pub const TDR_CHLDCNT: u64 = 0x8010_0003_0000_0004;
+    /// TDR: life-cycle state.
+    pub const TDR_LIFECYCLE_STATE: u64 = 0x8010_0002_0000_0005;
+    /// TDR: TDCX pages added.
+    pub const TDR_NUM_TDCX: u64 = 0x8010_0002_0000_0002;
+    /// TDCS: OP_STATE.
+    pub const TDCS_OP_STATE: u64 = 0x9010_0002_0000_0004;
+    /// TDCS: initialised vCPUs.
+    pub const TDCS_NUM_VCPUS: u64 = 0x9010_0002_0000_0001;
+    /// TDCS: vCPUs associated with a logical processor.
+    pub const TDCS_NUM_ASSOC_VCPUS: u64 = 0x9010_0002_0000_0002;
+    /// TDCS: guest physical address width.
+    pub const TDCS_GPAW: u64 = 0x1110_0000_0000_0003;
+    /// TDCS: pointer to the Secure EPT root.
+    pub const TDCS_EPTP: u64 = 0x1110_0003_0000_0004;
+    /// TDCS: TD attributes.
+    pub const TDCS_ATTRIBUTES: u64 = 0x1110_0003_0000_0000;
+    /// TDCS: TLB tracking epoch.
+    pub const TDCS_TD_EPOCH: u64 = 0x9210_0003_0000_0000;
+    /// TDCS: first of the six 8-byte words of MRTD.
+    pub const TDCS_MRTD: u64 = 0x1310_0003_0000_0000;
+    /// TDVPS: VMCS pointer to the shared EPT.
+    pub const SHARED_EPT_POINTER: u64 = 0x203C;
+    /// TDVPS: VMCS posted-interrupt notification vector.
+    pub const POSTED_INTR_NV: u64 = 0x0002;
+    /// TDVPS: VMCS posted-interrupt descriptor address.
+    pub const POSTED_INTR_DESC_ADDR: u64 = 0x2016;
+    /// TDVPS: VMCS pin-based controls.
+    pub const PIN_BASED_VM_EXEC_CONTROL: u64 = 0x4000;
+}
