@@ -1,0 +1,21 @@
+//! Compiles the `.proto` files with protox, so that no protoc has to be installed.
+
+use std::path::PathBuf;
+
+use prost::Message as _;
+
+const PROTOS: [&str; 2] = ["tdx/module/v1/module.proto", "kvm/mmu/v1/mmu.proto"];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    for proto in PROTOS {
+        println!("cargo:rerun-if-changed={proto}");
+    }
+    let descriptors = protox::compile(PROTOS, ["."])?;
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    std::fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    // Source page contents travel in `data`: shared buffers instead of copies.
+    tonic_prost_build::configure()
+        .bytes(".tdx.module.v1.Seamcall.data")
+        .compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,32 @@
+//! The wire contract: generated code, and the only conversions between wire and domain types.
+
+/// `tdx.module.v1`: the TDX module over a socket.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    reason = "generated; documented in the .proto files"
+)]
+pub mod module {
+    tonic::include_proto!("tdx.module.v1");
+}
+
+/// `kvm.mmu.v1`: KVM's memory management for TDX guests.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    reason = "generated; documented in the .proto files"
+)]
+pub mod mmu {
+    tonic::include_proto!("kvm.mmu.v1");
+}
+
+mod convert;
+
+pub use convert::{InvalidField, seamcall_to_wire};
+
+/// Encoded `FileDescriptorSet` of both packages, for server reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
