@@ -1,0 +1,145 @@
+//! A bound on the requests that are worked on at a time. Those above it are refused at once.
+//!
+//! Source: gRPC status RESOURCE_EXHAUSTED with google.rpc.RetryInfo. Nothing has run when it is
+//! answered, so the caller may send the same request again after the delay. A call holds its place
+//! until its handler returns; a streaming call has other bounds once its stream is open.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::body::Body;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+use tower::{Layer, Service};
+
+/// Layer that admits `limit` requests at a time to the services behind it, taken together.
+#[derive(Debug, Clone)]
+pub struct AdmissionLayer {
+    places: Arc<Semaphore>,
+    limit: usize,
+    retry_after: Duration,
+}
+
+impl AdmissionLayer {
+    /// Admits `limit` requests and tells the others to come back after `retry_after`.
+    pub fn new(limit: usize, retry_after: Duration) -> Self {
+        let limit = limit.min(Semaphore::MAX_PERMITS);
+        Self {
+            places: Arc::new(Semaphore::new(limit)),
+            limit,
+            retry_after,
+        }
+    }
+
+    /// The refusal of a request that found no place.
+    fn refusal(&self) -> Status {
+        Status::with_error_details(
+            Code::ResourceExhausted,
+            format!("{} requests are in work, the limit", self.limit),
+            ErrorDetails::with_retry_info(Some(self.retry_after)),
+        )
+    }
+}
+
+impl<S> Layer<S> for AdmissionLayer {
+    type Service = Admission<S>;
+
+    fn layer(&self, inner: S) -> Admission<S> {
+        Admission {
+            inner,
+            layer: self.clone(),
+        }
+    }
+}
+
+/// [`AdmissionLayer`] around a service.
+#[derive(Debug, Clone)]
+pub struct Admission<S> {
+    inner: S,
+    layer: AdmissionLayer,
+}
+
+impl<S, R> Service<R> for Admission<S>
+where
+    S: Service<R, Response = http::Response<Body>>,
+{
+    type Response = http::Response<Body>;
+    type Error = S::Error;
+    type Future = AdmissionFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: R) -> Self::Future {
+        match self.layer.places.clone().try_acquire_owned() {
+            Ok(place) => AdmissionFuture::Admitted(Box::pin(self.inner.call(request)), place),
+            Err(_) => AdmissionFuture::Refused(Some(self.layer.refusal().into_http())),
+        }
+    }
+}
+
+/// The answer of an [`Admission`].
+#[derive(Debug)]
+pub enum AdmissionFuture<F> {
+    /// The call has a place for as long as this lives.
+    Admitted(Pin<Box<F>>, OwnedSemaphorePermit),
+    /// There was none.
+    Refused(Option<http::Response<Body>>),
+}
+
+impl<F, E> Future for AdmissionFuture<F>
+where
+    F: Future<Output = Result<http::Response<Body>, E>>,
+{
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        match &mut *self {
+            Self::Admitted(call, _) => Poll::Ready(ready!(call.as_mut().poll(cx))),
+            Self::Refused(refusal) => match refusal.take() {
+                Some(refusal) => Poll::Ready(Ok(refusal)),
+                None => Poll::Pending,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn requests_above_the_limit_are_told_when_to_come_back() {
+        let retry_after = Duration::from_millis(20);
+        let (release, wait) = tokio::sync::watch::channel(());
+        let inner = tower::service_fn(|()| {
+            let mut wait = wait.clone();
+            async move {
+                let _ = wait.changed().await;
+                Ok::<_, Infallible>(http::Response::new(Body::empty()))
+            }
+        });
+        let mut service = AdmissionLayer::new(2, retry_after).layer(inner);
+        let admitted = [service.call(()), service.call(())];
+
+        let refused = service.call(()).await.unwrap();
+        let status = Status::from_header_map(refused.headers()).unwrap();
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(status.message(), "2 requests are in work, the limit");
+        let details = status.get_error_details();
+        assert_eq!(details.retry_info().unwrap().retry_delay, Some(retry_after));
+
+        release.send(()).unwrap();
+        for call in admitted {
+            assert!(Status::from_header_map(call.await.unwrap().headers()).is_none());
+        }
+        drop(release);
+        assert!(Status::from_header_map(service.call(()).await.unwrap().headers()).is_none());
+    }
+}

@@ -1,0 +1,36 @@
+//! How the two services and their clients reach each other: HTTP/2 over a Unix socket or TCP.
+//!
+//! [`Address`] is a URL of either kind. A service binds [`Listener`]s, builds on [`server`] and
+//! hands both to [`serve`]; a client asks for a channel by [`connect`]. Nothing here knows a
+//! service by name.
+//!
+//! Invariants
+//! - N1  TCP connections have Nagle's algorithm off at both ends: a batch is one message, and
+//!   waiting for an acknowledgement would cost 40 ms.
+//! - N2  HTTP/2 windows are at least 1 MiB, so that one full-sized batch never waits for a window.
+//! - N3  A socket file that somebody answers on is never removed.
+
+mod address;
+mod admission;
+mod chain;
+mod client;
+mod listen;
+mod server;
+mod signal;
+
+pub use address::{Address, AddressError};
+pub use admission::{Admission, AdmissionLayer};
+pub use chain::error_chain;
+pub use client::{ConnectError, HealthError, connect, connect_lazy, endpoint, healthcheck};
+pub use listen::{BindError, Connection, Incoming, Listener, PeerInfo};
+pub use server::{ServeError, serve, server};
+pub use signal::{shutdown_signal, stdin_closed};
+
+/// HTTP/2 flow-control window of one stream, in bytes.
+pub const STREAM_WINDOW: u32 = 2 << 20;
+/// HTTP/2 flow-control window of one connection, in bytes.
+pub const CONNECTION_WINDOW: u32 = 8 << 20;
+/// Time between HTTP/2 pings, in seconds: a peer that vanished is noticed without traffic.
+pub const KEEPALIVE_S: u64 = 10;
+/// How long a ping may stay unanswered, in seconds. Generous: a peer may be hashing.
+pub const KEEPALIVE_TIMEOUT_S: u64 = 20;
