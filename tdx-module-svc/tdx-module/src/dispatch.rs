@@ -1,0 +1,315 @@
+//! From the registers of a SEAMCALL to a leaf function, and runs of one leaf.
+//!
+//! Source: TDX module source, tdx_vmm_dispatcher.c. The module is always in SYS_READY here, so the
+//! checks of the system state have no place.
+
+use std::cell::OnceCell;
+use std::sync::Arc;
+
+use tdx_defs::{CompletionStatus, Leaf, OperandId, PAGE_SIZE, Seamcall, SeamcallResult};
+
+use crate::leaves;
+use crate::td::Td;
+use crate::{LpId, Module};
+
+/// What one call, or one run of calls, works with.
+pub(crate) struct Cx<'m> {
+    pub(crate) module: &'m Module,
+    /// The logical processor that executes.
+    pub(crate) lp: u32,
+    /// The TD of the first call of a run; the others mostly name the same.
+    pub(super) td: OnceCell<Arc<Td>>,
+}
+
+/// The registers of a call: operands before a leaf runs, outputs after. What a leaf does not
+/// define as output keeps its value, as on the processor.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Regs {
+    pub(crate) version: u8,
+    pub(crate) rcx: u64,
+    pub(crate) rdx: u64,
+    pub(crate) r8: u64,
+    pub(crate) r9: u64,
+    pub(crate) r10: u64,
+    pub(crate) r11: u64,
+}
+
+/// A call that does not end with TDX_SUCCESS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Fail {
+    pub(crate) status: CompletionStatus,
+    /// RCX and RDX, when the status comes with a description of a Secure EPT entry.
+    pub(crate) details: Option<[u64; 2]>,
+}
+
+impl From<CompletionStatus> for Fail {
+    fn from(status: CompletionStatus) -> Self {
+        Self {
+            status,
+            details: None,
+        }
+    }
+}
+
+/// How a leaf ends.
+pub(crate) type Outcome = Result<(), Fail>;
+
+/// The code of a leaf.
+enum Code {
+    /// Makes one call.
+    One(fn(&Cx<'_>, &mut Regs) -> Outcome),
+    /// Makes calls of a run under one set of locks, see [`Run`].
+    Many(fn(&Cx<'_>, &mut Run<'_>) -> Outcome),
+}
+
+/// Calls of a run that are made under one set of locks. Other processors meet these locks as if a
+/// call were in flight all the time, so they are given up now and then.
+const CALLS_PER_HOLD: u32 = 512;
+
+/// The calls of a run.
+///
+/// A leaf whose TD is named by RDX may lock it and check its state once for several calls: RDX has
+/// no stride, and what was checked cannot change while the locks are held. Each call is answered
+/// as if it had come alone.
+pub(crate) struct Run<'c> {
+    call: &'c Seamcall,
+    /// Operands of the next call.
+    next: Regs,
+    /// Outputs of the last one.
+    regs: Regs,
+    left: u32,
+    completed: u32,
+}
+
+impl<'c> Run<'c> {
+    fn new(call: &'c Seamcall) -> Self {
+        let regs = Regs::of(call);
+        Self {
+            call,
+            next: regs,
+            regs,
+            left: call.count(),
+            completed: 0,
+        }
+    }
+
+    /// Clears the outputs RCX and RDX of the next call and answers the TDR that its RDX names.
+    pub(crate) fn take_tdr(&mut self) -> u64 {
+        self.regs = Regs {
+            rcx: 0,
+            rdx: 0,
+            ..self.next
+        };
+        self.next.rdx
+    }
+
+    /// Makes the next calls, with RDX cleared, until one fails or the locks should be given up.
+    pub(crate) fn each(&mut self, mut one: impl FnMut(&mut Regs) -> Outcome) -> Outcome {
+        for _ in 0..self.left.min(CALLS_PER_HOLD) {
+            self.regs = Regs {
+                rdx: 0,
+                ..self.next
+            };
+            one(&mut self.regs)?;
+            self.advance();
+        }
+        Ok(())
+    }
+
+    /// One call succeeded.
+    fn advance(&mut self) {
+        self.completed += 1;
+        self.left -= 1;
+        self.next.step(self.call);
+    }
+}
+
+/// Leaves that have a version above 0.
+const VERSIONED: [Leaf; 8] = [
+    Leaf::MEM_PAGE_PROMOTE,
+    Leaf::MEM_SEPT_ADD,
+    Leaf::MEM_SEPT_REMOVE,
+    Leaf::MNG_RD,
+    Leaf::VP_RD,
+    Leaf::VP_INIT,
+    Leaf::SYS_INIT,
+    Leaf::SYS_CONFIG,
+];
+
+/// Finds the code of a leaf.
+///
+/// Model: leaves that this model does not carry out (running vCPUs, migration, service TDs,
+/// metadata of the system) are answered like numbers without a leaf.
+fn code_of(leaf: Leaf) -> Option<Code> {
+    use Code::{Many, One};
+    Some(match leaf {
+        Leaf::MNG_CREATE => One(leaves::mng_create),
+        Leaf::MNG_KEY_CONFIG => One(leaves::mng_key_config),
+        Leaf::MNG_ADDCX => One(leaves::mng_addcx),
+        Leaf::MNG_INIT => One(leaves::mng_init),
+        Leaf::MNG_VPFLUSHDONE => One(leaves::mng_vpflushdone),
+        Leaf::MNG_KEY_FREEID => One(leaves::mng_key_freeid),
+        Leaf::MNG_KEY_RECLAIMID => One(leaves::mng_key_reclaimid),
+        Leaf::MNG_RD => One(leaves::mng_rd),
+        Leaf::VP_CREATE => One(leaves::vp_create),
+        Leaf::VP_ADDCX => One(leaves::vp_addcx),
+        Leaf::VP_INIT => One(leaves::vp_init),
+        Leaf::VP_FLUSH => One(leaves::vp_flush),
+        Leaf::VP_RD => One(leaves::vp_rd),
+        Leaf::VP_WR => One(leaves::vp_wr),
+        Leaf::MEM_SEPT_ADD => One(leaves::mem_sept_add),
+        Leaf::MEM_SEPT_RD => Many(leaves::mem_sept_rd),
+        Leaf::MEM_SEPT_REMOVE => One(leaves::mem_sept_remove),
+        Leaf::MEM_PAGE_ADD => One(leaves::mem_page_add),
+        Leaf::MEM_PAGE_AUG => Many(leaves::mem_page_aug),
+        Leaf::MEM_PAGE_REMOVE => Many(leaves::mem_page_remove),
+        Leaf::MEM_PAGE_PROMOTE => One(leaves::mem_page_promote),
+        Leaf::MEM_PAGE_DEMOTE => One(leaves::mem_page_demote),
+        Leaf::MEM_PAGE_RELOCATE => One(leaves::mem_page_relocate),
+        Leaf::MEM_RANGE_BLOCK => Many(leaves::mem_range_block),
+        Leaf::MEM_RANGE_UNBLOCK => Many(leaves::mem_range_unblock),
+        Leaf::MEM_TRACK => One(leaves::mem_track),
+        Leaf::MEM_RD => One(leaves::mem_rd),
+        Leaf::MEM_WR => One(leaves::mem_wr),
+        Leaf::MR_EXTEND => Many(leaves::mr_extend),
+        Leaf::MR_FINALIZE => One(leaves::mr_finalize),
+        Leaf::PHYMEM_PAGE_RECLAIM => One(leaves::phymem_page_reclaim),
+        Leaf::PHYMEM_PAGE_RDMD => One(leaves::phymem_page_rdmd),
+        Leaf::PHYMEM_PAGE_WBINVD => One(leaves::phymem_page_wbinvd),
+        Leaf::PHYMEM_CACHE_WB => One(leaves::phymem_cache_wb),
+        Leaf::SYS_TDMR_INIT => One(leaves::sys_tdmr_init),
+        Leaf::SYS_INIT => One(leaves::sys_init),
+        Leaf::SYS_LP_INIT => One(leaves::sys_lp_init),
+        Leaf::SYS_CONFIG => One(leaves::sys_config),
+        Leaf::SYS_KEY_CONFIG => One(leaves::sys_key_config),
+        _ => return None,
+    })
+}
+
+/// One call or a run.
+pub(crate) fn seamcall(module: &Module, lp: LpId, call: &Seamcall) -> SeamcallResult {
+    if call.count() == 0 {
+        return SeamcallResult::default();
+    }
+    let regs = Regs::of(call);
+    if call.version > 0 && !VERSIONED.contains(&call.leaf) {
+        return regs.result(CompletionStatus::OPERAND_INVALID.with(OperandId::RAX), 0);
+    }
+    let Some(code) = code_of(call.leaf) else {
+        return regs.result(CompletionStatus::OPERAND_INVALID.with(OperandId::RAX), 0);
+    };
+    let cx = Cx {
+        module,
+        lp: lp.0,
+        td: OnceCell::new(),
+    };
+    let mut run = Run::new(call);
+    while run.left > 0 {
+        if let Err(fail) = step(&cx, &code, &mut run) {
+            if let Some([rcx, rdx]) = fail.details {
+                (run.regs.rcx, run.regs.rdx) = (rcx, rdx);
+            }
+            return run.regs.result(fail.status, run.completed);
+        }
+    }
+    run.regs.result(CompletionStatus::SUCCESS, run.completed)
+}
+
+/// The next call of a run, or the next few.
+fn step(cx: &Cx<'_>, code: &Code, run: &mut Run<'_>) -> Outcome {
+    match code {
+        Code::Many(leaf) => leaf(cx, run),
+        Code::One(leaf) => {
+            write_operand(cx.module, run.call, &run.next, run.completed);
+            run.regs = run.next;
+            leaf(cx, &mut run.regs)?;
+            run.advance();
+            Ok(())
+        }
+    }
+}
+
+/// Writes the host memory that travels with a call, before the leaf reads it. A run of
+/// TDH.MEM.PAGE.ADD may bring a page for each of its calls.
+fn write_operand(module: &Module, call: &Seamcall, regs: &Regs, run: u32) {
+    if call.data.is_empty() {
+        return;
+    }
+    let (at, unit) = match call.leaf {
+        Leaf::MNG_INIT => (regs.rdx, tdx_defs::TD_PARAMS_SIZE),
+        Leaf::MEM_PAGE_ADD => (regs.r9, crate::memory::PAGE),
+        _ => return,
+    };
+    let Some(hpa) = module.host_address(at) else {
+        return;
+    };
+    let a_page_each = call.data.len() as u64 == u64::from(call.count()) * PAGE_SIZE;
+    if call.leaf == Leaf::MEM_PAGE_ADD && a_page_each {
+        let mut pages = call.data.chunks_exact(unit);
+        if let Some(page) = usize::try_from(run).ok().and_then(|run| pages.nth(run)) {
+            module.host.write(hpa, page);
+        }
+    } else if run == 0 {
+        module.host.write(hpa, &call.data);
+        // Shorter data stands for a whole operand: the rest of its last unit is zero.
+        let rest = call.data.len().next_multiple_of(unit) - call.data.len();
+        if let Some(end) = hpa.checked_add(call.data.len() as u64) {
+            module.host.write(end, &vec![0; rest]);
+        }
+    }
+}
+
+impl Regs {
+    fn of(call: &Seamcall) -> Self {
+        let &Seamcall {
+            version,
+            rcx,
+            rdx,
+            r8,
+            r9,
+            r10,
+            r11,
+            ..
+        } = call;
+        Self {
+            version,
+            rcx,
+            rdx,
+            r8,
+            r9,
+            r10,
+            r11,
+        }
+    }
+
+    /// The operands of the next call of a run.
+    fn step(&mut self, call: &Seamcall) {
+        if let Some(repeat) = call.repeat {
+            self.rcx = self.rcx.wrapping_add_signed(repeat.rcx_stride);
+            self.r8 = self.r8.wrapping_add_signed(repeat.r8_stride);
+            self.r9 = self.r9.wrapping_add_signed(repeat.r9_stride);
+        }
+    }
+
+    fn result(&self, status: CompletionStatus, completed: u32) -> SeamcallResult {
+        let &Self {
+            rcx,
+            rdx,
+            r8,
+            r9,
+            r10,
+            r11,
+            ..
+        } = self;
+        SeamcallResult {
+            rax: status.0,
+            rcx,
+            rdx,
+            r8,
+            r9,
+            r10,
+            r11,
+            completed,
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! TDH.MR.EXTEND: measures 256 bytes of a page of the initial image.
+//!
+//! Source: TDX module source, tdh_mr_extend.c. RCX GPA, RDX TDR; RCX and RDX describe the entry on
+//! a Secure EPT error.
+
+use tdx_defs::{CompletionStatus as Status, Gpa, Hpa, Leaf, OperandId};
+
+use crate::checks::{OpStateLock, Running, invalid, with_details};
+use crate::dispatch::{Cx, Outcome, Run};
+use crate::locks::LockMode;
+use crate::measure::{CHUNK_SIZE, Measurement};
+
+pub(crate) fn mr_extend(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
+    let td = cx.lock_tdr(run.take_tdr(), OperandId::RDX, LockMode::Exclusive)?;
+    let running = td.check_state(cx, Leaf::MR_EXTEND, OpStateLock::None)?;
+    let mut measurement = td.measurement();
+    run.each(|regs| {
+        let gpa = Gpa::new(std::mem::take(&mut regs.rcx));
+        extend(cx, &running, &mut measurement, gpa)
+    })
+}
+
+/// One chunk.
+fn extend(cx: &Cx<'_>, running: &Running<'_>, measurement: &mut Measurement, gpa: Gpa) -> Outcome {
+    if !gpa.is_aligned(CHUNK_SIZE as u64) {
+        return Err(invalid(OperandId::RCX));
+    }
+    running.check_gpa(gpa)?;
+    let found = running.walk_towards(gpa, 0)?;
+    if !found.value.has_rights() || !found.value.is_leaf() {
+        let status = Status::EPT_ENTRY_NOT_PRESENT.with(OperandId::RCX);
+        return Err(with_details(status, found.value, found.slot.level));
+    }
+    if !found.value.state().allows(Leaf::MR_EXTEND) {
+        return Err(Status::EPT_ENTRY_NOT_PRESENT.into());
+    }
+
+    let mut chunk = [0; CHUNK_SIZE];
+    let source = address_in(found.value.page(), gpa, found.slot.level);
+    cx.module.private.read(source, &mut chunk);
+    measurement.chunk_extended(gpa, &chunk);
+    Ok(())
+}
+
+/// The byte of a page at `level` that `gpa` names.
+pub(super) fn address_in(page: Hpa, gpa: Gpa, level: u8) -> Hpa {
+    let size = tdx_defs::PAGE_SIZE << (9 * u32::from(level));
+    Hpa::new(page.get() | gpa.get() & (size - 1))
+}

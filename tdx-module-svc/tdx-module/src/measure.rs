@@ -1,0 +1,156 @@
+//! MRTD: the measurement of a TD's initial contents.
+//!
+//! Source: TDX module source, tdh_mem_page_add.c, tdh_mr_extend.c, tdh_mr_finalize.c, sha384.h.
+//! The order of the calls matters: each appends its record to one SHA-384.
+//!
+//! TDH.MEM.PAGE.ADD appends 128 bytes: its name at 0, the GPA at 16 (little-endian), zeros.
+//! TDH.MR.EXTEND appends such a block and then the 256 bytes of the chunk.
+
+use sha2::{Digest, Sha384};
+use tdx_defs::Gpa;
+
+/// Bytes of a SHA-384 digest.
+pub const DIGEST_SIZE: usize = 48;
+/// Bytes that one TDH.MR.EXTEND measures.
+pub const CHUNK_SIZE: usize = 256;
+
+const RECORD_SIZE: usize = 128;
+const GPA_AT: usize = 16;
+
+/// A running or finished MRTD.
+#[derive(Debug, Default)]
+pub(crate) struct Measurement {
+    hash: Sha384,
+    mrtd: Option<[u8; DIGEST_SIZE]>,
+}
+
+impl Measurement {
+    /// A page was added.
+    pub(crate) fn page_added(&mut self, gpa: Gpa) {
+        self.hash.update(record(b"MEM.PAGE.ADD", gpa));
+    }
+
+    /// A chunk was extended.
+    pub(crate) fn chunk_extended(&mut self, gpa: Gpa, chunk: &[u8]) {
+        self.hash.update(record(b"MR.EXTEND", gpa));
+        self.hash.update(chunk);
+    }
+
+    /// Ends the measurement.
+    pub(crate) fn finalize(&mut self) {
+        let mut mrtd = [0; DIGEST_SIZE];
+        mrtd.copy_from_slice(&std::mem::take(&mut self.hash).finalize());
+        self.mrtd = Some(mrtd);
+    }
+
+    /// MRTD, once it is final.
+    pub(crate) fn mrtd(&self) -> Option<[u8; DIGEST_SIZE]> {
+        self.mrtd
+    }
+
+    /// An 8-byte word of MRTD; zero before it is final.
+    pub(crate) fn mrtd_word(&self, word: usize) -> u64 {
+        let mrtd = self.mrtd.unwrap_or([0; DIGEST_SIZE]);
+        let bytes = mrtd.as_chunks::<8>().0;
+        bytes
+            .get(word)
+            .map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
+}
+
+fn record(name: &[u8], gpa: Gpa) -> [u8; RECORD_SIZE] {
+    let mut record = [0; RECORD_SIZE];
+    record[..name.len()].copy_from_slice(name);
+    record[GPA_AT..GPA_AT + 8].copy_from_slice(&gpa.get().to_le_bytes());
+    record
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    enum Step {
+        Add(u64),
+        Extend(u64, Vec<u8>),
+    }
+
+    fn page(gpa: u64, chunk: [u8; 256]) -> Vec<Step> {
+        let mut steps = vec![Step::Add(gpa)];
+        steps.extend((0..16).map(|at| Step::Extend(gpa + at * CHUNK_SIZE as u64, chunk.to_vec())));
+        steps
+    }
+
+    #[test]
+    fn known_sequences_have_their_known_mrtd() {
+        let counting: [u8; 256] = std::array::from_fn(|at| u8::try_from(at).unwrap());
+        let zero = [0; 256];
+        for (case, steps, expected) in [
+            (
+                "nothing",
+                vec![],
+                "38b060a751ac96384cd9327eb1b1e36a21fdb71114be07434c0cc7bf63f6e1da274edebfe76f65fbd51ad2f14898b95b",
+            ),
+            (
+                "page 0",
+                vec![Step::Add(0)],
+                "8f3e9a8aca6784eab874f7aa4dda5d49104a88047f1f86695ef2a88f5691a90e34aac48ce45ffa1f5a23c7d62980d570",
+            ),
+            (
+                "page 1",
+                vec![Step::Add(0x1000)],
+                "fcdabf6fdf38b87d2e3a89b1ab68c242abb261dffa70ef6f1dc2220c2752d2729cdf1be92afc2e0e4297f04e2b629552",
+            ),
+            (
+                "pages 0, 1",
+                vec![Step::Add(0), Step::Add(0x1000)],
+                "d88b05f52648c041e7f0321f3905ec848a2d2654cf8c2158f67bc25ecd8a1a999f5f65f5350db0f732b59cfc66d6da3b",
+            ),
+            (
+                "pages 1, 0",
+                vec![Step::Add(0x1000), Step::Add(0)],
+                "ccd5746e64f677a4135861ab4ea44fff8f1976b9a78eee76351e1339c6878ffb14e378c43d523aea8ea2f961bb4a4643",
+            ),
+            (
+                "a zero page",
+                page(0, zero),
+                "236f0efa607ff8843f1855d7ef80dc3dda8fb455787a186b8787212951eab0096e3193bb26f817c2b63c21f5e10f9938",
+            ),
+            (
+                "a counting page",
+                page(0, counting),
+                "b8f496520bb48e5284695ec1605cf17a5f9495329ba0b381d7c1966410e6de61a9cf0dc98de4fb52c7a47b0bcb56ea72",
+            ),
+            (
+                "one chunk",
+                vec![Step::Add(0), Step::Extend(0x100, zero.to_vec())],
+                "ae71a151590d46af65391ab8f670eea5682c8a2924380491a69917b63129f87ec271c9ade5a98e0b4967e79b1fdf665b",
+            ),
+        ] {
+            let mut measurement = Measurement::default();
+            for step in &steps {
+                match step {
+                    Step::Add(gpa) => measurement.page_added(Gpa::new(*gpa)),
+                    Step::Extend(gpa, chunk) => measurement.chunk_extended(Gpa::new(*gpa), chunk),
+                }
+            }
+            assert_eq!(measurement.mrtd(), None);
+            measurement.finalize();
+            let hex: String = measurement
+                .mrtd()
+                .unwrap()
+                .iter()
+                .map(|b| format!("{b:02x}"))
+                .collect();
+            assert_eq!(hex, expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn words_are_little_endian() {
+        let mut measurement = Measurement::default();
+        assert_eq!(measurement.mrtd_word(0), 0);
+        measurement.finalize();
+        assert_eq!(measurement.mrtd_word(0), 0x3896_ac51_a760_b038);
+        assert_eq!(measurement.mrtd_word(6), 0);
+    }
+}

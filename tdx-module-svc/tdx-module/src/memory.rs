@@ -1,0 +1,225 @@
+//! Contents of simulated memory: what the host wrote for the module to read, and what private
+//! pages hold. Pages that nobody wrote read as zero and take no room.
+//!
+//! Source: the memory operands of TDH.MNG.INIT and TDH.MEM.PAGE.ADD; sections on page contents of
+//! TDH.MEM.PAGE.ADD, RELOCATE, MR.EXTEND, MEM.RD and MEM.WR.
+//!
+//! Model: host memory is bounded at [`HOST_PAGES`] pages; when it is full, the page written longest
+//! ago is forgotten and reads as zero. Operands travel with their call, so nothing depends on old
+//! ones. Private contents are bounded by the pages that TDs own.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tdx_defs::{Hpa, PAGE_SIZE, Pfn};
+
+use crate::Module;
+use crate::pamt::{PageSize, PamtEntry};
+
+/// Bytes of a page, as a length.
+pub(crate) const PAGE: usize = 4096;
+/// Pages of host memory that are kept: 16 MiB.
+pub const HOST_PAGES: usize = 4096;
+/// The low six bits of a frame number choose one.
+const SHARDS: usize = 64;
+
+/// Contents of a page.
+pub(crate) type Page = [u8; PAGE];
+
+fn offset_in_page(hpa: u64) -> usize {
+    (hpa & (PAGE_SIZE - 1)) as usize
+}
+
+// Poisoned maps are whole: every change of one is a single insertion or removal.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Memory that the host writes and the module reads.
+#[derive(Debug, Default)]
+pub(crate) struct HostMemory {
+    pages: Mutex<HostPages>,
+}
+
+#[derive(Debug, Default)]
+struct HostPages {
+    by_frame: Pages,
+    oldest_first: VecDeque<Pfn>,
+}
+
+impl HostPages {
+    fn page_mut(&mut self, frame: Pfn) -> &mut Page {
+        if !self.by_frame.contains_key(&frame) {
+            let spare = self.make_room();
+            let mut page = spare.unwrap_or_else(|| Box::new([0; PAGE]));
+            page.fill(0);
+            self.by_frame.insert(frame, page);
+            self.oldest_first.push_back(frame);
+        }
+        self.by_frame
+            .entry(frame)
+            .or_insert_with(|| Box::new([0; PAGE]))
+    }
+
+    /// Forgets the oldest page when there are too many.
+    fn make_room(&mut self) -> Option<Box<Page>> {
+        if self.by_frame.len() < HOST_PAGES {
+            return None;
+        }
+        let oldest = self.oldest_first.pop_front()?;
+        self.by_frame.remove(&oldest)
+    }
+}
+
+impl HostMemory {
+    /// Writes bytes from `hpa` on.
+    pub(crate) fn write(&self, hpa: Hpa, mut bytes: &[u8]) {
+        let mut pages = lock(&self.pages);
+        let mut at = hpa.get();
+        while !bytes.is_empty() {
+            let offset = offset_in_page(at);
+            let (now, later) = bytes.split_at(bytes.len().min(PAGE - offset));
+            // Zeros to a page that is not there change nothing.
+            let frame = Hpa::new(at).frame();
+            if pages.by_frame.contains_key(&frame) || now.iter().any(|byte| *byte != 0) {
+                pages.page_mut(frame)[offset..offset + now.len()].copy_from_slice(now);
+            }
+            bytes = later;
+            at = at.wrapping_add(now.len() as u64);
+        }
+    }
+
+    /// Reads bytes from `hpa` on; they must lie in one page.
+    pub(crate) fn read(&self, hpa: Hpa, bytes: &mut [u8]) {
+        let offset = offset_in_page(hpa.get());
+        let pages = lock(&self.pages);
+        match pages
+            .by_frame
+            .get(&hpa.frame())
+            .and_then(|p| p.get(offset..offset + bytes.len()))
+        {
+            Some(stored) => bytes.copy_from_slice(stored),
+            None => bytes.fill(0),
+        }
+    }
+}
+
+type Pages = HashMap<Pfn, Box<Page>>;
+
+/// Contents of private pages, by 4 KiB frame.
+#[derive(Debug)]
+pub(crate) struct PrivateMemory {
+    shards: Box<[Mutex<Pages>]>,
+}
+
+impl Default for PrivateMemory {
+    fn default() -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+        }
+    }
+}
+
+impl PrivateMemory {
+    fn shard(&self, frame: Pfn) -> MutexGuard<'_, Pages> {
+        let shard = (frame.get() & 0x3F) as usize;
+        lock(&self.shards[shard])
+    }
+
+    /// Fills a page. Answers whether it has to be stored, that is, is not all zero.
+    pub(crate) fn fill(&self, frame: Pfn, page: Box<Page>) -> bool {
+        let stored = page.iter().any(|byte| *byte != 0);
+        if stored {
+            self.shard(frame).insert(frame, page);
+        }
+        stored
+    }
+
+    /// Takes the contents of a page away.
+    pub(crate) fn take(&self, frame: Pfn) -> Option<Box<Page>> {
+        self.shard(frame).remove(&frame)
+    }
+
+    /// Reads bytes that lie in one page.
+    pub(crate) fn read(&self, hpa: Hpa, bytes: &mut [u8]) {
+        let offset = offset_in_page(hpa.get());
+        let shard = self.shard(hpa.frame());
+        match shard
+            .get(&hpa.frame())
+            .and_then(|page| page.get(offset..offset + bytes.len()))
+        {
+            Some(stored) => bytes.copy_from_slice(stored),
+            None => bytes.fill(0),
+        }
+    }
+
+    /// Writes bytes that lie in one page.
+    pub(crate) fn write(&self, hpa: Hpa, bytes: &[u8]) {
+        let offset = offset_in_page(hpa.get());
+        let mut shard = self.shard(hpa.frame());
+        let page = shard
+            .entry(hpa.frame())
+            .or_insert_with(|| Box::new([0; PAGE]));
+        if let Some(target) = page.get_mut(offset..offset + bytes.len()) {
+            target.copy_from_slice(bytes);
+        }
+    }
+}
+
+impl Module {
+    /// Drops what is stored for a page that leaves its TD. The caller holds its metadata.
+    pub(crate) fn forget_contents(&self, page: Hpa, size: PageSize, entry: &PamtEntry) {
+        if !entry.has_content() {
+            return;
+        }
+        for number in 0..size.pages() {
+            self.private.take(page.frame().offset(number));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn byte(memory: &HostMemory, hpa: u64) -> u8 {
+        let mut byte = [0];
+        memory.read(Hpa::new(hpa), &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn host_writes_cross_pages_and_absent_pages_read_as_zero() {
+        let memory = HostMemory::default();
+        memory.write(Hpa::new(0x1FFF), &[1, 2]);
+        assert_eq!(
+            [0x1FFE, 0x1FFF, 0x2000, 0x2001].map(|at| byte(&memory, at)),
+            [0, 1, 2, 0]
+        );
+        memory.write(Hpa::new(0x1FFF), &[0]);
+        assert_eq!(byte(&memory, 0x1FFF), 0);
+    }
+
+    #[test]
+    fn host_memory_forgets_the_oldest_page_when_it_is_full() {
+        let memory = HostMemory::default();
+        for page in 0..=HOST_PAGES as u64 {
+            memory.write(Hpa::new(page * PAGE_SIZE), &[7]);
+        }
+        assert_eq!((byte(&memory, 0), byte(&memory, PAGE_SIZE)), (0, 7));
+        assert_eq!(lock(&memory.pages).by_frame.len(), HOST_PAGES);
+    }
+
+    #[test]
+    fn a_private_page_of_zeros_takes_no_room() {
+        let memory = PrivateMemory::default();
+        assert!(!memory.fill(Pfn::new(1), Box::new([0; PAGE])));
+        assert!(memory.fill(Pfn::new(1), Box::new([5; PAGE])));
+        memory.write(Hpa::new(0x1008), &[6]);
+        let mut bytes = [0; 2];
+        memory.read(Hpa::new(0x1007), &mut bytes);
+        assert_eq!(bytes, [5, 6]);
+        assert!(memory.take(Pfn::new(1)).is_some());
+        assert!(memory.take(Pfn::new(1)).is_none());
+    }
+}

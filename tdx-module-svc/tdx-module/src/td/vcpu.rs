@@ -1,0 +1,171 @@
+//! A vCPU's control structure (TDVPR and the pages that extend it).
+//!
+//! Source: TDX module source, td_vcpu state and TDVPS definitions; metadata fields that KVM uses.
+
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use tdx_defs::field;
+
+/// Nobody: value of ASSOC_LPID while the vCPU belongs to no logical processor.
+const NO_LP: u32 = u32::MAX;
+
+/// VCPU_STATE in TDVPS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum VcpuState {
+    /// After TDH.VP.CREATE.
+    Uninitialized = 0,
+    /// After TDH.VP.INIT, outside the guest.
+    Ready = 2,
+}
+
+/// A TDVPS field that the host may write: its id, its size in bits, and the bits it may change.
+struct WritableField {
+    id: u64,
+    bits: u32,
+    mask: u64,
+}
+
+/// VMCS fields in TDVPS that KVM sets, with the write masks of the production metadata table.
+const FIELDS: [WritableField; 4] = [
+    WritableField {
+        id: field::SHARED_EPT_POINTER,
+        bits: 64,
+        mask: 0x000F_FFFF_FFFF_F000,
+    },
+    WritableField {
+        id: field::POSTED_INTR_NV,
+        bits: 16,
+        mask: 0xFF,
+    },
+    WritableField {
+        id: field::POSTED_INTR_DESC_ADDR,
+        bits: 64,
+        mask: 0x000F_FFFF_FFFF_FFC0,
+    },
+    // Bit 7: process posted interrupts.
+    WritableField {
+        id: field::PIN_BASED_VM_EXEC_CONTROL,
+        bits: 32,
+        mask: 1 << 7,
+    },
+];
+
+/// Why a metadata field was not accessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FieldError {
+    /// No such field.
+    Unknown,
+    /// The mask leaves nothing that the host may write.
+    NotWritable,
+}
+
+/// A vCPU.
+#[derive(Debug)]
+pub(crate) struct Vcpu {
+    state: AtomicU8,
+    pages: AtomicU8,
+    associated_lp: AtomicU32,
+    index: AtomicU32,
+    x2apic_id: AtomicU32,
+    initial_rcx: AtomicU64,
+    fields: [AtomicU64; FIELDS.len()],
+}
+
+impl Vcpu {
+    pub(crate) fn new() -> Self {
+        Self {
+            state: AtomicU8::new(VcpuState::Uninitialized as u8),
+            pages: AtomicU8::new(1),
+            associated_lp: AtomicU32::new(NO_LP),
+            index: AtomicU32::new(0),
+            x2apic_id: AtomicU32::new(0),
+            initial_rcx: AtomicU64::new(0),
+            fields: Default::default(),
+        }
+    }
+
+    /// Whether TDH.VP.INIT has succeeded.
+    pub(crate) fn is_initialized(&self) -> bool {
+        self.state.load(Ordering::Relaxed) != VcpuState::Uninitialized as u8
+    }
+
+    /// Pages of the structure, the root included.
+    pub(crate) fn pages(&self) -> u8 {
+        self.pages.load(Ordering::Relaxed)
+    }
+
+    /// One more page. The caller holds TDVPR exclusively.
+    pub(crate) fn add_page(&self) {
+        self.pages.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// TDH.VP.INIT has succeeded on a logical processor. The caller holds TDVPR exclusively.
+    pub(crate) fn initialize(&self, lp: u32, index: u32, x2apic_id: u32, initial_rcx: u64) {
+        self.index.store(index, Ordering::Relaxed);
+        self.x2apic_id.store(x2apic_id, Ordering::Relaxed);
+        self.initial_rcx.store(initial_rcx, Ordering::Relaxed);
+        self.associated_lp.store(lp, Ordering::Relaxed);
+        self.state.store(VcpuState::Ready as u8, Ordering::Relaxed);
+    }
+
+    /// Ends the association with `lp`, if there is one.
+    pub(crate) fn disassociate(&self, lp: u32) -> bool {
+        lp != NO_LP
+            && self
+                .associated_lp
+                .compare_exchange(lp, NO_LP, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+    }
+
+    /// The value of a metadata field.
+    pub(crate) fn read_field(&self, id: u64) -> Result<u64, FieldError> {
+        let at = find_field(id)?;
+        Ok(self.fields[at].load(Ordering::Relaxed))
+    }
+
+    /// Writes the bits of `mask` that the host may write; answers the value before.
+    pub(crate) fn write_field(&self, id: u64, value: u64, mask: u64) -> Result<u64, FieldError> {
+        let at = find_field(id)?;
+        let mask = mask & FIELDS[at].mask;
+        if mask == 0 {
+            return Err(FieldError::NotWritable);
+        }
+        let old = self.fields[at].load(Ordering::Relaxed);
+        self.fields[at].store(old & !mask | value & mask, Ordering::Relaxed);
+        Ok(old)
+    }
+}
+
+fn find_field(id: u64) -> Result<usize, FieldError> {
+    let wanted = super::fields::identity(id);
+    FIELDS
+        .iter()
+        .position(|field| field.id == wanted && super::fields::size_agrees(id, field.bits))
+        .ok_or(FieldError::Unknown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_writable_bits_change() {
+        let vcpu = Vcpu::new();
+        let id = field::PIN_BASED_VM_EXEC_CONTROL;
+        assert_eq!(vcpu.write_field(id, u64::MAX, u64::MAX), Ok(0));
+        assert_eq!(vcpu.read_field(id), Ok(1 << 7));
+        assert_eq!(vcpu.write_field(id, 0, 1), Err(FieldError::NotWritable));
+        assert_eq!(vcpu.read_field(0x4002), Err(FieldError::Unknown));
+    }
+
+    #[test]
+    fn a_vcpu_leaves_only_the_processor_it_is_on() {
+        let vcpu = Vcpu::new();
+        assert!(!vcpu.disassociate(u32::MAX));
+        vcpu.initialize(2, 0, 0, 0);
+        assert!(!vcpu.disassociate(1));
+        assert!(vcpu.disassociate(2));
+        assert!(!vcpu.disassociate(2));
+    }
+}
