@@ -1,0 +1,123 @@
+//! The TDX module as a service: `tdx.module.v1` over a Unix socket or TCP.
+//!
+//! The shell around the `tdx-module` core. It checks what came over the wire (`batch`), runs each
+//! batch in one section without an await (`execute`), remembers answers for batches that are sent
+//! again (`replay`), and turns refusals into gRPC statuses (`status`). The core knows none of
+//! this, and the shell knows no leaf.
+//!
+//! Invariants
+//! - S1  A request that is refused has changed nothing.
+//! - S2  A batch that was started runs to its end and its answer is recorded, whether or not the
+//!   caller still waits.
+//! - S3  Batches of one session run one after another; a sequence number runs at most once.
+
+mod batch;
+mod cli;
+pub mod config;
+mod execute;
+mod platform;
+mod replay;
+mod service;
+mod status;
+mod trace;
+
+use std::time::Duration;
+
+use mirror_proto::module::tdx_module_service_server::{SERVICE_NAME, TdxModuleServiceServer};
+use tdx_module::{Module, PlatformError};
+use tokio_util::sync::CancellationToken;
+use tonic::service::LayerExt as _;
+use tonic_health::ServingStatus;
+use tonic_health::server::{HealthReporter, health_reporter};
+use transport::{AdmissionLayer, Listener, ServeError};
+
+pub use cli::cli_main;
+pub use config::Config;
+pub use platform::PlatformFileError;
+
+use service::ModuleService;
+
+/// When a refused caller should come back, in milliseconds: a few small batches later.
+const RETRY_AFTER_MS: u64 = 10;
+
+/// The service cannot start, or failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The platform file is not usable.
+    #[error(transparent)]
+    PlatformFile(#[from] PlatformFileError),
+    /// The module does not accept the platform.
+    #[error("the platform is not possible")]
+    Platform(#[from] PlatformError),
+    /// The descriptors that were built in do not decode.
+    #[error("server reflection cannot be set up")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// Serving failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+}
+
+/// Runs a new module on `listeners` until `shutdown` completes, then drains.
+///
+/// The module is born here and ends here: another call has another instance id.
+pub async fn run(
+    config: Config,
+    listeners: Vec<Listener>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let module = Module::new(platform::resolve(&config)?)?;
+    let draining = CancellationToken::new();
+    let service = ModuleService::new(module, &config.limits, draining.clone());
+    tracing::info!(instance = service.instance(), "the module is up");
+    for listener in &listeners {
+        if let Ok(address) = listener.address() {
+            tracing::info!(%address, "listening");
+        }
+    }
+
+    let (health, health_service) = health_reporter();
+    health
+        .set_service_status(SERVICE_NAME, ServingStatus::Serving)
+        .await;
+    let admission = AdmissionLayer::new(
+        config.limits.max_concurrent_requests,
+        Duration::from_millis(RETRY_AFTER_MS),
+    );
+    let max_message = usize::try_from(config.limits.max_message_bytes).unwrap_or(usize::MAX);
+    let router = transport::server()
+        // Its messages carry trace context of their own, see `trace`.
+        .layer(telemetry::propagate::ServerTraceLayer::new().skip(service::STREAM_PATH))
+        .add_service(admission.named_layer(
+            TdxModuleServiceServer::new(service).max_decoding_message_size(max_message),
+        ))
+        .add_service(health_service)
+        .add_service(reflection().build_v1()?)
+        // Older clients ask the alpha version only.
+        .add_service(reflection().build_v1alpha()?);
+
+    let drain = Duration::from_millis(config.limits.drain_ms);
+    let shutdown = async move {
+        shutdown.await;
+        stop_serving(health).await;
+        draining.cancel();
+    };
+    Ok(transport::serve(router, listeners, shutdown, drain).await?)
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(mirror_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name(SERVICE_NAME)
+        .with_service_name("grpc.health.v1.Health")
+}
+
+/// Tells watchers that it is over, and ends their streams: the drain would wait for them.
+async fn stop_serving(mut health: HealthReporter) {
+    for service in ["", SERVICE_NAME] {
+        health
+            .set_service_status(service, ServingStatus::NotServing)
+            .await;
+        health.clear_service_status(service).await;
+    }
+}

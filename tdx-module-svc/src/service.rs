@@ -1,0 +1,199 @@
+//! `tdx.module.v1.TdxModuleService`: convert, run, convert.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use mirror_proto::module::tdx_module_service_server::TdxModuleService;
+use mirror_proto::module::{
+    ExecuteRequest, ExecuteResponse, GetPlatformRequest, GetPlatformResponse,
+};
+use tdx_defs::SeamcallResult;
+use tdx_module::Module;
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::batch::{Batch, Bounds, Ticket};
+use crate::config::Limits;
+use crate::execute;
+use crate::platform;
+use crate::replay::{Session, Sessions};
+use crate::status::Refusal;
+
+/// Path of the data path's method.
+pub(crate) const STREAM_PATH: &str = "/tdx.module.v1.TdxModuleService/ExecuteStream";
+
+/// The service.
+#[derive(Debug, Clone)]
+pub(crate) struct ModuleService {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    module: Arc<Module>,
+    instance: String,
+    limits: Limits,
+    bounds: Bounds,
+    sessions: Sessions,
+    draining: CancellationToken,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("instance", &self.instance)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ModuleService {
+    /// Serves `module` as a new instance; streams end when `draining` is cancelled.
+    pub(crate) fn new(module: Module, limits: &Limits, draining: CancellationToken) -> Self {
+        let instance = uuid::Uuid::new_v4().to_string();
+        let bounds = Bounds {
+            calls: limits.max_calls,
+            runs: limits.max_repeat,
+            logical_processors: module.config().logical_processors,
+        };
+        let sessions = Sessions::new(limits.max_sessions, limits.replay_window, instance.clone());
+        Self {
+            shared: Arc::new(Shared {
+                module: Arc::new(module),
+                instance,
+                limits: limits.clone(),
+                bounds,
+                sessions,
+                draining,
+            }),
+        }
+    }
+
+    /// Changes with every start of the module.
+    pub(crate) fn instance(&self) -> &str {
+        &self.shared.instance
+    }
+}
+
+impl Shared {
+    /// Checks and runs one batch. `held` is the session of the caller's last batch: a stream stays
+    /// with its session, which is looked up once and not forgotten while the stream is open.
+    async fn execute(
+        &self,
+        request: ExecuteRequest,
+        held: &mut Option<(String, Session)>,
+    ) -> Result<ExecuteResponse, Refusal> {
+        let batch = Batch::check(request, self.bounds)?;
+        let session = match &batch.ticket {
+            None => None,
+            Some(ticket) => Some(self.session(ticket, held)?),
+        };
+        let (sequence, instance) = (batch.sequence, self.instance.clone());
+        execute::perform(
+            &self.module,
+            batch,
+            session,
+            move |results: &[SeamcallResult]| {
+                let results = results.iter().map(|result| (*result).into()).collect();
+                ExecuteResponse {
+                    sequence,
+                    instance,
+                    results,
+                }
+            },
+        )
+        .await
+    }
+
+    fn session(
+        &self,
+        ticket: &Ticket,
+        held: &mut Option<(String, Session)>,
+    ) -> Result<Session, Refusal> {
+        if let Some((name, session)) = held
+            && *name == ticket.session
+        {
+            return Ok(session.clone());
+        }
+        let session = self.sessions.open(ticket)?;
+        *held = Some((ticket.session.clone(), session.clone()));
+        Ok(session)
+    }
+
+    /// Answers the batches of one stream in their order, until the caller or the service is done
+    /// or a batch is refused.
+    async fn serve_stream(
+        self: Arc<Self>,
+        mut batches: Streaming<ExecuteRequest>,
+        answers: mpsc::Sender<Result<ExecuteResponse, Status>>,
+    ) {
+        let mut held = None;
+        loop {
+            // Room for the answer first: a caller that does not read stops being served, and the
+            // flow control of HTTP/2 tells it so.
+            let Ok(room) = answers.reserve().await else {
+                return;
+            };
+            let request = tokio::select! {
+                biased;
+                () = self.draining.cancelled() => return room.send(Err(Refusal::Draining.into())),
+                request = batches.message() => request,
+            };
+            match request {
+                Ok(Some(request)) => match self.execute(request, &mut held).await {
+                    Ok(answer) => room.send(Ok(answer)),
+                    Err(refusal) => return room.send(Err(refusal.into())),
+                },
+                Ok(None) => return,
+                Err(status) => return room.send(Err(status)),
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl TdxModuleService for ModuleService {
+    type ExecuteStreamStream =
+        Pin<Box<dyn Stream<Item = Result<ExecuteResponse, Status>> + Send + 'static>>;
+
+    async fn execute(
+        &self,
+        request: Request<ExecuteRequest>,
+    ) -> Result<Response<ExecuteResponse>, Status> {
+        let mut request = request.into_inner();
+        if request.traceparent.is_empty() {
+            // Here the headers speak for the one batch.
+            request.traceparent = telemetry::traceparent_of_current_span().unwrap_or_default();
+        }
+        Ok(Response::new(
+            self.shared.execute(request, &mut None).await?,
+        ))
+    }
+
+    async fn execute_stream(
+        &self,
+        request: Request<Streaming<ExecuteRequest>>,
+    ) -> Result<Response<Self::ExecuteStreamStream>, Status> {
+        let (sender, answers) = mpsc::channel(self.shared.limits.max_in_flight);
+        // A task of its own: dropping the response stream must not stop it inside a batch.
+        tokio::spawn(
+            self.shared
+                .clone()
+                .serve_stream(request.into_inner(), sender),
+        );
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    async fn get_platform(
+        &self,
+        _: Request<GetPlatformRequest>,
+    ) -> Result<Response<GetPlatformResponse>, Status> {
+        let shared = &self.shared;
+        Ok(Response::new(platform::describe(
+            &shared.module,
+            &shared.limits,
+            &shared.instance,
+        )))
+    }
+}

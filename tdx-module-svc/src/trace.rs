@@ -1,0 +1,139 @@
+//! Spans of a batch: `seamcall batch`, and below it one for each leaf.
+//!
+//! Only a batch whose sender has a sampled span is traced: without one this file costs a look at
+//! an empty string. A long batch shows its first leaves only.
+//! Target of the spans: off in the log by default, `RUST_LOG=seamcall=info` shows them.
+
+use tdx_defs::{Leaf, PAGE_SHIFT, Seamcall, SeamcallResult};
+use tracing::{Span, field};
+
+use crate::batch::Batch;
+
+/// Leaf spans in one batch.
+const MAX_LEAF_SPANS: usize = 64;
+/// GPA bits of a Secure EPT operand.
+const GPA_MASK: u64 = ((1 << 52) - 1) & !((1 << PAGE_SHIFT) - 1);
+/// Level bits of a Secure EPT operand.
+const LEVEL_MASK: u64 = 7;
+
+/// Opens the spans of one batch.
+#[derive(Debug)]
+pub(crate) struct Tracer {
+    batch: Span,
+    leaf_spans_left: usize,
+}
+
+impl Tracer {
+    /// The span of `batch`, if its sender is traced.
+    pub(crate) fn open(batch: &Batch) -> Self {
+        if !telemetry::is_sampled(&batch.traceparent) {
+            return Self {
+                batch: Span::none(),
+                leaf_spans_left: 0,
+            };
+        }
+        let session = batch.ticket.as_ref().map(|ticket| ticket.session.as_str());
+        // A root of its own until the next line: the caller's span came in the message.
+        let span = tracing::info_span!(
+            target: "seamcall",
+            parent: None,
+            "seamcall batch",
+            otel.kind = "server",
+            tdx.lp = batch.lp.0,
+            tdx.session = session,
+            tdx.sequence = batch.sequence,
+            tdx.calls = batch.calls.len(),
+            tdx.runs = batch.runs,
+        );
+        telemetry::set_remote_parent(&span, &batch.traceparent);
+        let leaf_spans_left = if span.is_disabled() {
+            0
+        } else {
+            MAX_LEAF_SPANS
+        };
+        Self {
+            batch: span,
+            leaf_spans_left,
+        }
+    }
+
+    /// Runs one call, in a span while there are any left.
+    pub(crate) fn leaf(
+        &mut self,
+        call: &Seamcall,
+        run: impl FnOnce() -> SeamcallResult,
+    ) -> SeamcallResult {
+        if self.leaf_spans_left == 0 {
+            return run();
+        }
+        self.leaf_spans_left -= 1;
+        let span = self.leaf_span(call);
+        let result = span.in_scope(run);
+        span.record(
+            "tdx.status",
+            field::display(format_args!("{:#018x}", result.rax)),
+        );
+        if call.repeat.is_some() {
+            span.record("tdx.completed", result.completed);
+        }
+        result
+    }
+
+    fn leaf_span(&self, call: &Seamcall) -> Span {
+        let (gfn, level) = sept_operand(call);
+        let gfn = gfn.map(|gfn| format!("{gfn:#x}"));
+        tracing::info_span!(
+            target: "seamcall",
+            parent: &self.batch,
+            "leaf",
+            otel.name = %call.leaf,
+            tdx.seamcall.leaf = %call.leaf,
+            tdx.sept.level = level,
+            kvm.gfn = gfn,
+            tdx.repeat.count = call.repeat.map(|repeat| repeat.count),
+            tdx.status = field::Empty,
+            tdx.completed = field::Empty,
+        )
+    }
+}
+
+/// Frame number and level in RCX, for the leaves that take them there.
+fn sept_operand(call: &Seamcall) -> (Option<u64>, Option<u64>) {
+    let gfn = (call.rcx & GPA_MASK) >> PAGE_SHIFT;
+    match call.leaf {
+        Leaf::MEM_PAGE_ADD
+        | Leaf::MEM_PAGE_AUG
+        | Leaf::MEM_PAGE_DEMOTE
+        | Leaf::MEM_PAGE_PROMOTE
+        | Leaf::MEM_PAGE_RELOCATE
+        | Leaf::MEM_PAGE_REMOVE
+        | Leaf::MEM_RANGE_BLOCK
+        | Leaf::MEM_RANGE_UNBLOCK
+        | Leaf::MEM_SEPT_ADD
+        | Leaf::MEM_SEPT_RD
+        | Leaf::MEM_SEPT_REMOVE => (Some(gfn), Some(call.rcx & LEVEL_MASK)),
+        Leaf::MR_EXTEND | Leaf::MEM_RD | Leaf::MEM_WR => (Some(gfn), None),
+        _ => (None, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_operand_of_a_secure_ept_leaf_is_split() {
+        for (leaf, rcx, expected) in [
+            (Leaf::MEM_PAGE_AUG, 0x8000_1000, (Some(0x80001), Some(0))),
+            (Leaf::MEM_SEPT_ADD, 0x4000_0003, (Some(0x40000), Some(3))),
+            (Leaf::MR_EXTEND, 0x8000_1100, (Some(0x80001), None)),
+            (Leaf::MEM_TRACK, 0x4000_0000, (None, None)),
+        ] {
+            assert_eq!(
+                sept_operand(&Seamcall::new(leaf).rcx(rcx)),
+                expected,
+                "{leaf}"
+            );
+        }
+    }
+}

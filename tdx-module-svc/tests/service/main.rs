@@ -1,0 +1,8 @@
+//! The service as its callers see it: a real server on a Unix socket and on TCP, real clients.
+
+mod life;
+mod operations;
+mod refusals;
+mod replay;
+mod stream;
+mod support;

@@ -1,0 +1,132 @@
+//! A batch that is sent again is answered again and run once.
+//!
+//! TDH.MNG.CREATE tells the two apart: run a second time it would find its page in use.
+
+use std::time::Duration;
+
+use mirror_proto::module::ExecuteRequest;
+use tdx_module_svc::config::Limits;
+use tokio_stream::StreamExt as _;
+use tonic::{Code, Request};
+use tonic_types::StatusExt as _;
+
+use crate::stream::open;
+use crate::support::*;
+
+#[tokio::test]
+async fn a_number_seen_before_gets_its_recorded_answer() {
+    let server = Server::start().await;
+    let request = numbered("s", 1, vec![create()]);
+    let first = execute(&mut server.client().await, request.clone())
+        .await
+        .unwrap();
+    assert_success(&statuses_of(&first));
+
+    // On another connection, by the other kind of call, over the other transport.
+    let tcp = transport::connect(&server.tcp).await.unwrap();
+    let mut client = Client::new(tcp);
+    assert_eq!(execute(&mut client, request.clone()).await.unwrap(), first);
+    let (sender, mut answers) = open(&mut client).await;
+    sender.send(request.clone()).await.unwrap();
+    assert_eq!(answers.next().await.unwrap().unwrap(), first);
+
+    // Without a session it runs again, and finds the page in use.
+    let again = execute(&mut client, batch(request.calls)).await.unwrap();
+    assert!(statuses_of(&again)[0].is_error());
+}
+
+#[tokio::test]
+async fn a_number_in_work_elsewhere_is_waited_for() {
+    let server = Server::start().await;
+    let (mut one, mut other) = (server.client().await, server.client().await);
+    let request = numbered("s", 1, vec![create(), repeated(rdmd(PAGE), 1 << 19, 0, 0)]);
+    let (first, second) = tokio::join!(
+        execute(&mut one, request.clone()),
+        execute(&mut other, request)
+    );
+    let (first, second) = (first.unwrap(), second.unwrap());
+    assert_success(&statuses_of(&first));
+    assert_eq!(first, second);
+}
+
+#[tokio::test]
+async fn a_batch_whose_caller_gave_up_is_recorded_all_the_same() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let request = numbered("s", 1, vec![create(), repeated(rdmd(PAGE), 1 << 19, 0, 0)]);
+    let mut impatient = Request::new(request.clone());
+    impatient.set_timeout(Duration::from_millis(5));
+    // It may or may not have started: that is the caller's difficulty.
+    let _ = client.execute(impatient).await;
+    let answer = execute(&mut client, request).await.unwrap();
+    assert_success(&statuses_of(&answer));
+    assert_eq!(answer.results[1].completed, 1 << 19);
+}
+
+#[tokio::test]
+async fn numbers_below_the_window_are_refused() {
+    let server = Server::with(Limits {
+        replay_window: 4,
+        ..Limits::default()
+    })
+    .await;
+    let mut client = server.client().await;
+    for sequence in 1..=6 {
+        execute(&mut client, numbered("s", sequence, vec![rdmd(TDR)]))
+            .await
+            .unwrap();
+    }
+    execute(&mut client, numbered("s", 3, vec![rdmd(TDR)]))
+        .await
+        .unwrap();
+    let refusal = execute(&mut client, numbered("s", 2, vec![create()]))
+        .await
+        .unwrap_err();
+    assert_eq!(refusal.code(), Code::FailedPrecondition);
+    let info = refusal.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "BELOW_REPLAY_WINDOW");
+    assert_eq!(info.metadata["lowest"], "3");
+    assert_eq!(pages_in_use(&mut client, "PT_TDR").await, 0);
+}
+
+#[tokio::test]
+async fn one_number_for_two_batches_is_refused() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    execute(&mut client, numbered("s", 1, vec![rdmd(TDR)]))
+        .await
+        .unwrap();
+    let refusal = execute(&mut client, numbered("s", 1, vec![create()]))
+        .await
+        .unwrap_err();
+    assert_eq!(refusal.code(), Code::AlreadyExists);
+    assert_eq!(
+        refusal.get_details_error_info().unwrap().reason,
+        "SEQUENCE_REUSED"
+    );
+    assert_eq!(pages_in_use(&mut client, "PT_TDR").await, 0);
+    // Another session counts for itself.
+    let other = execute(&mut client, numbered("other", 1, vec![create()]))
+        .await
+        .unwrap();
+    assert_success(&statuses_of(&other));
+}
+
+#[tokio::test]
+async fn a_session_of_an_earlier_instance_is_not_known() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let request = ExecuteRequest {
+        sequence: 8,
+        ..numbered("s", 8, vec![create()])
+    };
+    let refusal = execute(&mut client, request).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::NotFound);
+    let info = refusal.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "UNKNOWN_SESSION");
+    assert_eq!(
+        info.metadata["instance"],
+        platform(&mut client).await.instance
+    );
+    assert_eq!(pages_in_use(&mut client, "PT_TDR").await, 0);
+}
