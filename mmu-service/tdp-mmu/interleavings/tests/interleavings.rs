@@ -1,0 +1,379 @@
+//! Schedules of two threads on one VM, explored by shuttle: faults, conversions, holes, the end.
+//!
+//! Locks, atomics and condition variables of the core are shuttle's in this package, and the
+//! port switches threads around every SEAMCALL. Three things are not instrumented, which is sound
+//! because none of them blocks: arc-swap snapshots, crossbeam-epoch pins and `OnceLock`s whose
+//! initialisers do nothing but allocate. The module core runs each call in one piece.
+//!
+//! Ids are those of the scenario tables (see tests/scenarios).
+
+extern crate tdp_mmu_interleavings as tdp_mmu;
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use common::port::Rule;
+use common::state::{self, check_invariants};
+use common::{Rig, gmem_slot};
+use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
+use shuttle::thread;
+use tdp_mmu::{Fault, MemoryFault, Mode, RetPf, Vm, VmError, errno};
+use tdx_defs::{Gpaw, Leaf};
+
+/// Schedules of each test: random ones, and some that preempt rarely but at the worst moment.
+const RANDOM: usize = 160;
+const PCT: usize = 80;
+const DEPTH: usize = 3;
+
+fn explore(scenario: impl Fn(Mode) + Send + Sync + 'static) {
+    let scenario = Arc::new(scenario);
+    for mode in [Mode::Kernel, Mode::Batched] {
+        run(RandomScheduler::new(RANDOM), mode, Arc::clone(&scenario));
+        run(PctScheduler::new(DEPTH, PCT), mode, Arc::clone(&scenario));
+    }
+}
+
+fn run(
+    scheduler: impl Scheduler + 'static,
+    mode: Mode,
+    scenario: Arc<impl Fn(Mode) + Send + Sync + 'static>,
+) {
+    let mut config = shuttle::Config::new();
+    config.stack_size = 1 << 20;
+    shuttle::Runner::new(scheduler, config).run(move || scenario(mode));
+}
+
+/// A running TD with two vCPUs and a private slot of 16 pages.
+struct World {
+    rig: Arc<Rig>,
+    vm: Arc<Vm>,
+}
+
+const SLOT: u64 = 16;
+
+impl World {
+    fn new(mode: Mode) -> Self {
+        let rig = Rig::new();
+        rig.port.record(false);
+        let vm = rig.create(mode, Gpaw::W48).unwrap();
+        for vcpu in 0..2 {
+            vm.create_vcpu().unwrap();
+            vm.set_user_memory_region(gmem_slot(vcpu, u64::from(vcpu) << 12, SLOT))
+                .unwrap();
+            vm.set_memory_attributes(u64::from(vcpu) << 24, SLOT << 12, 8)
+                .unwrap();
+        }
+        for vcpu in 0..2 {
+            vm.load_mmu(vcpu).unwrap();
+        }
+        vm.finalize().unwrap();
+        Self {
+            rig: Arc::new(rig),
+            vm: Arc::new(vm),
+        }
+    }
+
+    fn mapped(self, gfns: std::ops::Range<u64>) -> Self {
+        common::map_private(&self.vm, gfns);
+        self
+    }
+
+    fn calls(&self, leaf: Leaf) -> u64 {
+        self.rig.port.succeeded(leaf)
+    }
+
+    fn spawn<T: Send + 'static>(
+        &self,
+        act: impl FnOnce(&Vm) -> T + Send + 'static,
+    ) -> thread::JoinHandle<T> {
+        let vm = Arc::clone(&self.vm);
+        thread::spawn(move || act(&vm))
+    }
+
+    /// Quiet, clean, and everything comes back.
+    fn end(self) {
+        assert!(!self.vm.bugs().is_dead(), "{:?}", self.vm.bugs().reports());
+        check_invariants(&self.vm, &self.rig);
+        state::destroy(&self.vm, &self.rig);
+    }
+}
+
+/// A vCPU that faults until it gets an answer other than RETRY.
+fn fault(vm: &Vm, vcpu: u32, fault: Fault) -> Result<RetPf, VmError> {
+    loop {
+        match vm.handle_fault(vcpu, fault).map(|report| report.ret_pf) {
+            Ok(RetPf::Retry) | Err(VmError::Busy { .. }) => thread::yield_now(),
+            answer => return answer,
+        }
+    }
+}
+
+fn convert(vm: &Vm, gfns: std::ops::Range<u64>, attributes: u64) {
+    vm.set_memory_attributes(gfns.start << 12, (gfns.end - gfns.start) << 12, attributes)
+        .unwrap();
+}
+
+fn private_fault_exit(answer: &Result<RetPf, VmError>, gfn: u64) -> bool {
+    let record = MemoryFault {
+        gpa: gfn << 12,
+        size: 4096,
+        flags: 8,
+    };
+    answer
+        .as_ref()
+        .is_err_and(|error| error.errno() == errno::EFAULT && error.memory_fault() == Some(record))
+}
+
+#[test]
+fn c01_two_vcpus_on_one_frame_map_it_once() {
+    explore(|mode| {
+        let world = World::new(mode);
+        let other = world.spawn(|vm| fault(vm, 1, common::private(1)).unwrap());
+        let mut answers = [
+            fault(&world.vm, 0, common::private(1)).unwrap(),
+            other.join().unwrap(),
+        ];
+        answers.sort_by_key(|ret_pf| *ret_pf == RetPf::Spurious);
+        assert_eq!(answers, [RetPf::Fixed, RetPf::Spurious]);
+        assert_eq!(world.calls(Leaf::MEM_SEPT_ADD), 3);
+        assert_eq!(world.calls(Leaf::MEM_PAGE_AUG), 1);
+        world.end();
+    });
+}
+
+#[test]
+fn c02_two_vcpus_on_two_frames_of_one_table_link_it_once() {
+    explore(|mode| {
+        let world = World::new(mode);
+        let other = world.spawn(|vm| fault(vm, 1, common::private(2)).unwrap());
+        assert_eq!(
+            fault(&world.vm, 0, common::private(1)).unwrap(),
+            RetPf::Fixed
+        );
+        assert_eq!(other.join().unwrap(), RetPf::Fixed);
+        assert_eq!(world.calls(Leaf::MEM_SEPT_ADD), 3);
+        assert_eq!(world.calls(Leaf::MEM_PAGE_AUG), 2);
+        world.end();
+    });
+}
+
+#[test]
+fn c04_a_busy_table_is_linked_by_whoever_comes_next() {
+    explore(|mode| {
+        let world = World::new(mode);
+        world.rig.port.inject(Rule::busy(Leaf::MEM_SEPT_ADD, 1));
+        world.rig.port.inject(Rule {
+            skip: 1,
+            ..Rule::busy(Leaf::MEM_PAGE_AUG, 1)
+        });
+        let other = world.spawn(|vm| fault(vm, 1, common::private(2)).unwrap());
+        assert_eq!(
+            fault(&world.vm, 0, common::private(1)).unwrap(),
+            RetPf::Fixed
+        );
+        assert_eq!(other.join().unwrap(), RetPf::Fixed);
+        assert_eq!(world.calls(Leaf::MEM_SEPT_ADD), 3);
+        assert_eq!(world.calls(Leaf::MEM_PAGE_AUG), 2);
+        world.end();
+    });
+}
+
+/// One vCPU faults while its frame is made shared: how often the fault came first, and second.
+fn fault_against_conversion() -> (usize, usize) {
+    static ONCE: OnceLock<(usize, usize)> = OnceLock::new();
+    *ONCE.get_or_init(explore_fault_against_conversion)
+}
+
+fn explore_fault_against_conversion() -> (usize, usize) {
+    let seen = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+    let counts = Arc::clone(&seen);
+    explore(move |mode| {
+        let world = World::new(mode);
+        let other = world.spawn(|vm| convert(vm, 1..2, 0));
+        let answer = fault(&world.vm, 0, common::private(1));
+        other.join().unwrap();
+        let (aug, removed) = (
+            world.calls(Leaf::MEM_PAGE_AUG),
+            world.calls(Leaf::MEM_PAGE_REMOVE),
+        );
+        if answer == Ok(RetPf::Fixed) {
+            seen[0].fetch_add(1, Ordering::SeqCst);
+            assert_eq!((aug, removed), (1, 1), "mapped, then taken away");
+        } else {
+            seen[1].fetch_add(1, Ordering::SeqCst);
+            assert!(private_fault_exit(&answer, 1), "{answer:?}");
+            assert_eq!(aug, removed);
+        }
+        assert!(private_fault_exit(
+            &fault(&world.vm, 0, common::private(1)),
+            1
+        ));
+        assert_eq!(world.vm.info().pages_4k, 0);
+        world.end();
+    });
+    (
+        counts[0].load(Ordering::SeqCst),
+        counts[1].load(Ordering::SeqCst),
+    )
+}
+
+#[test]
+fn c06_a_fault_ahead_of_a_conversion_is_mapped_and_taken_away() {
+    assert_ne!(fault_against_conversion().0, 0);
+}
+
+#[test]
+fn c07_a_fault_behind_a_conversion_leaves_with_a_memory_fault() {
+    assert_ne!(fault_against_conversion().1, 0);
+}
+
+#[test]
+fn c08_a_conversion_beside_the_frame_only_delays_the_fault() {
+    explore(|mode| {
+        let world = World::new(mode).mapped(2..3);
+        let other = world.spawn(|vm| convert(vm, 2..4, 0));
+        assert_eq!(fault(&world.vm, 0, common::private(1)), Ok(RetPf::Fixed));
+        other.join().unwrap();
+        assert_eq!(world.vm.info().pages_4k, 1);
+        world.end();
+    });
+}
+
+#[test]
+fn c11_no_leaf_stays_on_a_page_that_a_hole_freed() {
+    explore(|mode| {
+        let world = World::new(mode);
+        let other = world.spawn(|vm| {
+            vm.punch_hole(0, 0, SLOT << 12)
+                .map(|(_, freed)| freed)
+                .unwrap()
+        });
+        assert_eq!(fault(&world.vm, 0, common::private(1)), Ok(RetPf::Fixed));
+        other.join().unwrap();
+        let mapped = world.vm.info().pages_4k;
+        let (_, freed) = world.vm.punch_hole(0, 0, SLOT << 12).unwrap();
+        assert_eq!(freed, mapped, "a page is there exactly when it is mapped");
+        world.end();
+    });
+}
+
+#[test]
+fn a_fault_during_the_end_of_the_vm_is_mapped_before_it_or_refused() {
+    explore(|mode| {
+        let world = World::new(mode).mapped(3..4);
+        let other = world.spawn(|vm| vm.destroy().unwrap().1);
+        let answer = fault(&world.vm, 0, common::private(1));
+        assert_eq!(other.join().unwrap(), 0, "leaked pages");
+        let dead = answer
+            .as_ref()
+            .is_err_and(|error| error.errno() == errno::EIO);
+        assert!(answer == Ok(RetPf::Fixed) || dead, "{answer:?}");
+        state::assert_nothing_left(&world.rig);
+        assert!(
+            !world.vm.bugs().is_bugged(),
+            "{:?}",
+            world.vm.bugs().reports()
+        );
+    });
+}
+
+#[test]
+fn two_conversions_take_each_page_once() {
+    explore(|mode| {
+        let world = World::new(mode).mapped(0..6);
+        let other = world.spawn(|vm| convert(vm, 2..6, 0));
+        convert(&world.vm, 0..4, 0);
+        other.join().unwrap();
+        assert_eq!(world.calls(Leaf::MEM_PAGE_REMOVE), 6);
+        assert_eq!(world.vm.info().pages_4k, 0);
+        world.end();
+    });
+}
+
+#[test]
+fn there_and_back_ends_with_one_kind_of_mapping() {
+    explore(|mode| {
+        let world = World::new(mode).mapped(1..2);
+        let other = world.spawn(|vm| {
+            convert(vm, 1..2, 0);
+            convert(vm, 1..2, 8);
+        });
+        let shared = common::shared(&world.vm, 1);
+        let answers = [
+            fault(&world.vm, 0, common::private(1)),
+            fault(&world.vm, 0, shared),
+        ];
+        other.join().unwrap();
+        for answer in answers {
+            assert!(
+                matches!(answer, Ok(_) | Err(VmError::MemoryFault { .. })),
+                "{answer:?}"
+            );
+        }
+        let trees = state::trees(&world.vm);
+        assert!(trees.direct.is_empty(), "the frame is private");
+        world.end();
+    });
+}
+
+#[test]
+fn a_batch_that_touches_memory_without_a_slot_does_not_stall_a_conversion() {
+    explore(|mode| {
+        let world = World::new(mode).mapped(2..3);
+        let other = world.spawn(|vm| convert(vm, 2..3, 0));
+        let faults = [
+            common::private(1),
+            common::shared(&world.vm, 0x9_0000),
+            common::private(0x9_0000),
+            common::private(3),
+        ];
+        let report = world.vm.handle_faults(0, &faults).unwrap();
+        other.join().unwrap();
+        assert_eq!((report.fixed, report.others_count), (2, 2), "{report:?}");
+        world.end();
+    });
+}
+
+#[test]
+fn a_fast_zap_gives_faulting_vcpus_a_new_root() {
+    explore(|mode| {
+        let world = World::new(mode).mapped(2..3);
+        convert(&world.vm, 1..2, 0);
+        let other = world.spawn(|vm| vm.zap_all_fast().unwrap());
+        let shared = common::shared(&world.vm, 1);
+        assert_eq!(fault(&world.vm, 0, shared), Ok(RetPf::Fixed));
+        assert_eq!(fault(&world.vm, 1, common::private(2)), Ok(RetPf::Spurious));
+        other.join().unwrap();
+        world.end();
+    });
+}
+
+#[test]
+fn vcpus_that_empty_the_table_cache_together_find_more() {
+    explore(|mode| {
+        let world = World::new(mode);
+        let (near, far, farther) = (0x1_0000, 1 << 27, 2 << 27);
+        for (slot, first, pages) in [(2, near, 33 << 9), (3, far, SLOT), (4, farther, SLOT)] {
+            world
+                .vm
+                .set_user_memory_region(gmem_slot(slot, first, pages))
+                .unwrap();
+            convert(&world.vm, first..first + pages, 8);
+        }
+        // 3 + 32 of the 40 tables of the cache: it is not filled up again, and two new paths of
+        // three tables do not both find what they need.
+        let faults: Vec<Fault> = (0..33).map(|n| common::private(near + (n << 9))).collect();
+        assert_eq!(world.vm.handle_faults(0, &faults).unwrap().fixed, 33);
+        let other = world.spawn(move |vm| fault(vm, 1, common::private(far)));
+        assert_eq!(
+            fault(&world.vm, 0, common::private(farther)),
+            Ok(RetPf::Fixed)
+        );
+        assert_eq!(other.join().unwrap(), Ok(RetPf::Fixed));
+        assert_eq!(world.calls(Leaf::MEM_SEPT_ADD), 41);
+        world.end();
+    });
+}

@@ -1,0 +1,121 @@
+//! KVM_BUG_ON, WARN_ON and a VM's death.
+//!
+//! Source: include/linux/kvm_host.h, `KVM_BUG_ON()`, `kvm_vm_bugged()`, `kvm_vm_dead()`.
+//! A check that fails marks the VM bugged and dead; the operation that met it goes on as the
+//! kernel's would. Every later ioctl answers EIO, teardown still runs.
+
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, lock};
+
+/// Reports kept for `warnings`; a VM that goes wrong in a loop must not eat the host.
+const MAX_REPORTS: usize = 256;
+
+/// A check of the mirror root or of the change protocol, numbered as in docs/checks.md.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Check {
+    /// Last reference of a valid root put.
+    B1,
+    /// Root types name neither direct nor mirror.
+    B2,
+    /// Empty attribute filter on a mirrored VM.
+    B3,
+    /// Atomic change of a frozen entry.
+    B6,
+    /// Atomic change of a mirror entry to not-present.
+    B7,
+    /// Atomic change of a present mirror entry.
+    B8,
+    /// Mirror table without a page for the module.
+    B9,
+    /// Mirror table whose level or frame does not fit its entry.
+    B10,
+    /// Non-atomic change of a mirror entry to present.
+    B11,
+    /// Non-atomic change from or to FROZEN.
+    B12,
+    /// Mirror table removed under the read side of mmu_lock.
+    B13,
+    /// The module did not give a table page back.
+    B14,
+    /// Huge leaf above the goal of a mirror fault.
+    B16,
+    /// Leaf changed to another page: a real host stops.
+    B20,
+    /// Not-present to not-present without MMIO or FROZEN.
+    B21,
+    /// Direct walk above the SHARED bit.
+    B22,
+    /// Frame with the SHARED bit in page resolution.
+    B24,
+    /// Pages counted after the end of the VM.
+    B26,
+    /// Leaf hook above 4 KiB.
+    B27,
+    /// Leaf hook before finalisation without a source page.
+    B29,
+    /// Removal without a key id, or above 4 KiB.
+    B30,
+    /// Table freed while a key id is assigned.
+    B31,
+    /// SHARED bit of the root level differs from the VM's.
+    B32,
+    /// Instruction fetch from shared memory.
+    B34,
+    /// The module answered an error that KVM does not expect.
+    Seamcall,
+    /// A call whose outcome could not be settled.
+    Unsettled,
+}
+
+/// What went wrong in a VM so far.
+#[derive(Debug, Default)]
+pub struct Bugs {
+    bugged: AtomicBool,
+    dead: AtomicBool,
+    reports: Mutex<Vec<(Check, String)>>,
+}
+
+impl Bugs {
+    /// KVM_BUG_ON: the VM is bugged and dead from here on.
+    pub(crate) fn bug(&self, check: Check, why: impl FnOnce() -> String) {
+        self.warn(check, why);
+        self.bugged.store(true, Ordering::SeqCst);
+        self.dead.store(true, Ordering::SeqCst);
+    }
+
+    /// WARN_ON: reported, nothing else.
+    pub(crate) fn warn(&self, check: Check, why: impl FnOnce() -> String) {
+        let mut reports = lock(&self.reports);
+        if reports.len() < MAX_REPORTS {
+            reports.push((check, why()));
+        }
+    }
+
+    /// kvm_vm_dead: no WARN, but no further ioctl either.
+    pub(crate) fn kill(&self, why: impl FnOnce() -> String) {
+        self.warn(Check::Unsettled, why);
+        self.dead.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a KVM_BUG_ON fired.
+    pub fn is_bugged(&self) -> bool {
+        self.bugged.load(Ordering::SeqCst)
+    }
+
+    /// Whether every ioctl answers EIO.
+    pub fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::SeqCst)
+    }
+
+    /// The checks that failed, oldest first.
+    pub fn reports(&self) -> Vec<(Check, String)> {
+        lock(&self.reports).clone()
+    }
+
+    /// The first reason, for people.
+    pub fn reason(&self) -> Option<String> {
+        lock(&self.reports)
+            .first()
+            .map(|(check, why)| format!("{check:?}: {why}"))
+    }
+}

@@ -1,0 +1,186 @@
+//! Physical pages of the simulated host.
+//!
+//! Pages come singly (control structures, tables) or as naturally aligned 2 MiB blocks (guest
+//! memory), so that neighbouring guest frames get neighbouring host frames and a run of them can
+//! travel as one call. Nothing is stored behind a page here.
+//!
+//! Model: a host with buddy allocation gives no such promise; the runs it would find are what
+//! its allocator happens to give.
+
+use super::MemoryRange;
+use crate::sync::{Mutex, lock};
+use tdx_defs::{PAGE_SHIFT, Pfn};
+
+/// Pages of a block.
+pub(crate) const BLOCK_PAGES: u64 = 512;
+
+pub(crate) struct HostMemory {
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Blocks never handed out: `[next, end)` in frames, block aligned, last range first.
+    fresh: Vec<(u64, u64)>,
+    /// Blocks given back.
+    blocks: Vec<u64>,
+    /// Single pages: what is left of split blocks, and pages given back.
+    pages: Vec<u64>,
+    in_use: u64,
+}
+
+impl HostMemory {
+    pub(super) fn new(tdmrs: &[MemoryRange]) -> Self {
+        let mut fresh: Vec<(u64, u64)> = tdmrs.iter().flat_map(usable).collect();
+        fresh.reverse();
+        let state = State {
+            fresh,
+            blocks: Vec::new(),
+            pages: Vec::new(),
+            in_use: 0,
+        };
+        Self {
+            state: Mutex::new(state),
+        }
+    }
+
+    /// One 4 KiB page.
+    pub(crate) fn page(&self) -> Option<Pfn> {
+        let mut state = lock(&self.state);
+        if state.pages.is_empty() {
+            let block = state.take_block()?;
+            state.pages.extend((block..block + BLOCK_PAGES).rev());
+        }
+        let page = state.pages.pop()?;
+        state.in_use += 1;
+        Some(Pfn::new(page))
+    }
+
+    /// Several pages, or none.
+    pub(crate) fn pages(&self, count: u32) -> Option<Vec<Pfn>> {
+        let mut pages = Vec::new();
+        for _ in 0..count {
+            match self.page() {
+                Some(page) => pages.push(page),
+                None => {
+                    pages.into_iter().for_each(|page| self.free_page(page));
+                    return None;
+                }
+            }
+        }
+        Some(pages)
+    }
+
+    /// A naturally aligned 2 MiB block.
+    pub(crate) fn block(&self) -> Option<Pfn> {
+        let mut state = lock(&self.state);
+        let block = state.take_block()?;
+        state.in_use += BLOCK_PAGES;
+        Some(Pfn::new(block))
+    }
+
+    pub(crate) fn free_page(&self, page: Pfn) {
+        let mut state = lock(&self.state);
+        state.pages.push(page.get());
+        state.in_use -= 1;
+    }
+
+    pub(crate) fn free_block(&self, block: Pfn) {
+        let mut state = lock(&self.state);
+        state.blocks.push(block.get());
+        state.in_use -= BLOCK_PAGES;
+    }
+
+    pub(crate) fn in_use(&self) -> u64 {
+        lock(&self.state).in_use
+    }
+}
+
+impl State {
+    fn take_block(&mut self) -> Option<u64> {
+        if let Some(block) = self.blocks.pop() {
+            return Some(block);
+        }
+        while let Some((next, end)) = self.fresh.last_mut() {
+            if *next + BLOCK_PAGES <= *end {
+                let block = *next;
+                *next += BLOCK_PAGES;
+                return Some(block);
+            }
+            self.fresh.pop();
+        }
+        None
+    }
+}
+
+/// The block-aligned parts of a TDMR between its reserved areas, in frames.
+fn usable(range: &MemoryRange) -> Vec<(u64, u64)> {
+    let frame = |bytes: u64| bytes >> PAGE_SHIFT;
+    let mut reserved: Vec<(u64, u64)> = range
+        .reserved
+        .iter()
+        .map(|&(base, size)| {
+            (
+                frame(base),
+                frame(base.saturating_add(size).saturating_add(4095)),
+            )
+        })
+        .collect();
+    reserved.sort_unstable();
+    let end = frame(range.base + range.size);
+    let mut parts = Vec::new();
+    let mut start = frame(range.base);
+    for (from, to) in reserved.into_iter().chain([(end, end)]) {
+        let part = (
+            start.next_multiple_of(BLOCK_PAGES),
+            from.min(end) / BLOCK_PAGES * BLOCK_PAGES,
+        );
+        if part.0 < part.1 {
+            parts.push(part);
+        }
+        start = start.max(to);
+    }
+    parts
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn reserved_areas_are_left_out() {
+        let range = MemoryRange {
+            base: GIB,
+            size: GIB,
+            reserved: vec![(GIB + (4 << 20), 4096), (GIB, 1 << 20)],
+        };
+        let block = |n: u64| (GIB >> 12) + n * 512;
+        assert_eq!(
+            usable(&range),
+            [(block(1), block(2)), (block(3), block(512))]
+        );
+    }
+
+    #[test]
+    fn pages_and_blocks_are_handed_out_once_until_given_back() {
+        let range = MemoryRange {
+            base: GIB,
+            size: GIB,
+            reserved: vec![],
+        };
+        let memory = HostMemory::new(&[range]);
+        let block = memory.block().unwrap();
+        let page = memory.page().unwrap();
+        assert_eq!(page.align_down(512).get(), block.get() + 512);
+        assert_eq!(memory.in_use(), 513);
+        let mut blocks = 2;
+        while memory.block().is_some() {
+            blocks += 1;
+        }
+        assert_eq!(blocks, 512, "every block of the range once");
+        assert!(memory.page().is_some(), "the split block still has pages");
+        memory.free_block(block);
+        assert_eq!(memory.block(), Some(block));
+    }
+}

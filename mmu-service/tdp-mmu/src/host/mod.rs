@@ -1,0 +1,45 @@
+//! The simulated host: its memory, its key ids, and the locks that all VMs share.
+
+mod hkid;
+mod memory;
+mod platform;
+
+use std::sync::Arc;
+
+pub use platform::{HostError, MemoryRange, Platform};
+
+use crate::sync::Mutex;
+pub(crate) use hkid::HkidPool;
+pub(crate) use memory::{BLOCK_PAGES, HostMemory};
+
+/// One host with one TDX module.
+pub struct Host {
+    platform: Platform,
+    pub(crate) memory: HostMemory,
+    pub(crate) hkids: HkidPool,
+    /// `tdx_lock`: TDH.MNG.CREATE, and key release as one section.
+    pub(crate) tdx_lock: Mutex<()>,
+}
+
+impl Host {
+    /// A host with the memory and the key ids that the module manages.
+    pub fn new(platform: Platform) -> Result<Arc<Self>, HostError> {
+        platform.check()?;
+        Ok(Arc::new(Self {
+            memory: HostMemory::new(&platform.tdmrs),
+            hkids: HkidPool::new(&platform),
+            tdx_lock: Mutex::new(()),
+            platform,
+        }))
+    }
+
+    /// What the module reported.
+    pub fn platform(&self) -> &Platform {
+        &self.platform
+    }
+
+    /// Host pages handed out, 4 KiB units.
+    pub fn pages_in_use(&self) -> u64 {
+        self.memory.in_use()
+    }
+}

@@ -1,0 +1,39 @@
+//! KVM's TDP MMU with a direct and a mirror root, and KVM's TDX layer over it.
+//!
+//! A [`Vm`] is a TDX guest seen from the host. Its direct root maps shared memory; its mirror
+//! root has the shape of the private tables that the TDX module owns, so that most questions
+//! about private memory are answered here, and only real changes go through a [`SeamPort`].
+//!
+//! The crate is synchronous and knows no runtime, socket or clock. An operation blocks its
+//! thread while the module works, as a KVM ioctl does.
+
+// The integration tests' host and module serve the tests inside the crate, too.
+#[cfg(all(test, not(feature = "shuttle")))]
+extern crate self as tdp_mmu;
+#[cfg(all(test, not(feature = "shuttle")))]
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+mod bugs;
+mod counts;
+mod error;
+mod host;
+mod memory;
+mod mmu;
+mod seam;
+mod sync;
+mod tdx;
+mod vm;
+
+pub use bugs::{Bugs, Check};
+pub use counts::{Counts, SeamcallCounts};
+pub use error::{ErrorKind, MemoryFault, VmError, errno};
+pub use host::{Host, HostError, MemoryRange, Platform};
+pub use memory::slots::{MAX_SLOT_PAGES, MAX_SLOTS, SlotSpec};
+pub use mmu::role::RootKind;
+pub use mmu::spte::SpteKind;
+pub use seam::{Batch, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
+pub use vm::{
+    AuditReport, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure, Mismatch,
+    Mode, RetPf, RootInfo, Stats, TreeEntry, Vm, VmConfig, VmInfo, Walk, WalkEntry,
+};

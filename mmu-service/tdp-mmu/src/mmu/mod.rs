@@ -1,0 +1,100 @@
+//! The TDP MMU: page tables in an arena, roots, walks, and the protocol by which entries change.
+//!
+//! Source: arch/x86/kvm/mmu/tdp_mmu.c. Nothing in here talks to the module: changes of a mirror
+//! tree are values ([`mirror::Unit`], [`removal::ExternalOp`]) that the TDX layer carries out.
+
+pub(crate) mod arena;
+pub(crate) mod change;
+pub(crate) mod direct;
+pub(crate) mod iter;
+pub(crate) mod lock;
+pub(crate) mod mirror;
+pub(crate) mod removal;
+pub(crate) mod role;
+pub(crate) mod roots;
+pub(crate) mod spte;
+
+use tdx_defs::{GpaLayout, Level, Pfn};
+
+use crate::bugs::Bugs;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Mutex, lock};
+use arena::{Arena, TableId};
+use lock::MmuLock;
+
+/// `KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE` and the refill threshold: a 5-level path needs 4 tables.
+const CACHE_SIZE: usize = 40;
+const CACHE_MIN: usize = 5;
+
+/// Page tables of one VM.
+pub(crate) struct Mmu {
+    pub(crate) layout: GpaLayout,
+    /// `mmu_lock`.
+    pub(crate) lock: MmuLock,
+    pub(crate) arena: Arena,
+    /// `tdp_mmu_roots` under `tdp_mmu_pages_lock`, newest first.
+    roots: Mutex<Vec<TableId>>,
+    /// Pages for the module's tables, topped up before a fault walks
+    /// (`mmu_external_spt_cache`; one cache a VM here, a table is needed once in 512 pages).
+    external: Mutex<Vec<Pfn>>,
+    /// Present leaves by level, both trees.
+    pages: [AtomicU64; 3],
+    pub(crate) bugs: Bugs,
+}
+
+impl Mmu {
+    pub(crate) fn new(layout: GpaLayout) -> Self {
+        Self {
+            layout,
+            lock: MmuLock::default(),
+            arena: Arena::default(),
+            roots: Mutex::new(Vec::new()),
+            external: Mutex::new(Vec::new()),
+            pages: [const { AtomicU64::new(0) }; 3],
+            bugs: Bugs::default(),
+        }
+    }
+
+    /// kvm_update_page_stats.
+    pub(crate) fn account_pages(&self, level: Level, delta: i64) {
+        if let Some(counter) = self.pages.get(usize::from(level.get()) - 1) {
+            if delta >= 0 {
+                counter.fetch_add(delta.unsigned_abs(), Ordering::Relaxed);
+            } else {
+                counter.fetch_sub(delta.unsigned_abs(), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// pages_4k, pages_2m, pages_1g.
+    pub(crate) fn pages(&self) -> [u64; 3] {
+        [0, 1, 2].map(|level: usize| self.pages[level].load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn take_external(&self) -> Option<Pfn> {
+        lock(&self.external).pop()
+    }
+
+    pub(crate) fn give_external(&self, page: Pfn) {
+        lock(&self.external).push(page);
+    }
+
+    /// mmu_topup_memory_caches: below 5 pages, fills up to 40 from `alloc`.
+    pub(crate) fn top_up_external(&self, mut alloc: impl FnMut() -> Option<Pfn>) -> bool {
+        let mut cache = lock(&self.external);
+        if cache.len() < CACHE_MIN {
+            while cache.len() < CACHE_SIZE {
+                match alloc() {
+                    Some(page) => cache.push(page),
+                    None => return cache.len() >= CACHE_MIN,
+                }
+            }
+        }
+        true
+    }
+
+    /// Empties the cache at the end of the VM.
+    pub(crate) fn drain_external(&self) -> Vec<Pfn> {
+        std::mem::take(&mut *lock(&self.external))
+    }
+}

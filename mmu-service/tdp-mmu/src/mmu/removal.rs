@@ -1,0 +1,176 @@
+//! Taking mappings and tables away.
+//!
+//! Source: `tdp_mmu_zap_leafs()`, `__tdp_mmu_zap_root()`, `handle_removed_pt()`,
+//! `remove_external_spte()`, arch/x86/kvm/mmu/tdp_mmu.c.
+//!
+//! What the module must do for it is collected in order, children before parents, and carried
+//! out by the TDX layer before the write side of mmu_lock is let go. The kernel calls its hooks
+//! on the spot; under the write side nobody can tell the difference.
+
+use std::ops::{ControlFlow, Range};
+
+use tdx_defs::{Gfn, Level, Pfn};
+
+use super::Mmu;
+use super::arena::{ENTRIES, Slot, TableId};
+use super::change::LockMode;
+use super::iter::Step;
+use super::lock::WriteGuard;
+use super::spte;
+use crate::bugs::Check;
+use crate::sync::atomic::Ordering;
+use crate::sync::thread;
+
+/// A change of the private tree, named after the hook of `kvm_x86_ops`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ExternalOp {
+    /// link_external_spt.
+    LinkSpt {
+        gfn: Gfn,
+        level: Level,
+        external: Option<Pfn>,
+    },
+    /// set_external_spte.
+    SetSpte { gfn: Gfn, level: Level, spte: u64 },
+    /// remove_external_spte.
+    RemoveSpte { gfn: Gfn, level: Level, spte: u64 },
+    /// free_external_spt.
+    FreeSpt {
+        gfn: Gfn,
+        level: Level,
+        external: Option<Pfn>,
+    },
+}
+
+/// What a leaf zap did.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Zapped {
+    pub(crate) leaves: u64,
+    /// Where to go on, when the limit was reached.
+    pub(crate) next: Option<u64>,
+}
+
+impl Mmu {
+    /// tdp_mmu_zap_leafs: every leaf that overlaps `range` goes to NP, at most `limit` of them.
+    pub(crate) fn zap_leafs(
+        &self,
+        held: &WriteGuard<'_>,
+        root: TableId,
+        range: Range<u64>,
+        limit: u64,
+        ops: &mut Vec<ExternalOp>,
+    ) -> Zapped {
+        let mut zapped = Zapped::default();
+        self.visit(root, range, Level::L4K, &mut |at| {
+            if !spte::is_leaf(at.spte, at.level) {
+                return ControlFlow::Continue(());
+            }
+            if zapped.leaves == limit {
+                zapped.next = Some(at.gfn.get());
+                return ControlFlow::Break(());
+            }
+            let step = Step {
+                slot: at.slot,
+                level: at.level,
+                spte: at.spte,
+            };
+            self.set_spte(held, &step, at.gfn, spte::NP, ops);
+            zapped.leaves += 1;
+            ControlFlow::Continue(())
+        });
+        zapped
+    }
+
+    /// __tdp_mmu_zap_root under the write side: leaves first, then tables from the lowest level
+    /// up, so that the tables given back always are empty.
+    pub(crate) fn zap_root(&self, held: &WriteGuard<'_>, root: TableId, ops: &mut Vec<ExternalOp>) {
+        let root_level = self.arena.level(root);
+        for level in [Level::L4K, Level::L2M, Level::L1G, root_level] {
+            self.zap_level(held, root, level, ops);
+        }
+    }
+
+    fn zap_level(
+        &self,
+        held: &WriteGuard<'_>,
+        root: TableId,
+        level: Level,
+        ops: &mut Vec<ExternalOp>,
+    ) {
+        let mut zap = |at: super::iter::Visit| {
+            if at.level <= level && spte::is_present(at.spte) {
+                let step = Step {
+                    slot: at.slot,
+                    level: at.level,
+                    spte: at.spte,
+                };
+                self.set_spte(held, &step, at.gfn, spte::NP, ops);
+            }
+            ControlFlow::Continue(())
+        };
+        self.visit(root, 0..self.layout.gfn_limit(), level, &mut zap);
+    }
+
+    /// handle_removed_pt: empties a table that is not linked any more and gives it back.
+    pub(crate) fn remove_table(
+        &self,
+        table: TableId,
+        mode: LockMode,
+        is_mirror: bool,
+        ops: &mut Vec<ExternalOp>,
+    ) {
+        let (level, base, external) = {
+            let header = self.arena.header(table);
+            (header.role().level(), header.gfn(), header.external())
+        };
+        for index in 0..ENTRIES {
+            let slot = Slot { table, index };
+            let gfn = base.offset(index as u64 * level.pages());
+            let Some(old) = self.freeze_removed(slot, mode) else {
+                continue;
+            };
+            self.handle_changed(gfn, level, (old, spte::FROZEN), mode, is_mirror, ops);
+            if is_mirror {
+                if mode == LockMode::Shared {
+                    self.bugs.bug(Check::B13, || {
+                        format!("mirror table of {base} removed under the read side")
+                    });
+                }
+                if spte::is_leaf(old, level) {
+                    ops.push(ExternalOp::RemoveSpte {
+                        gfn,
+                        level,
+                        spte: old,
+                    });
+                }
+            }
+        }
+        if is_mirror {
+            ops.push(ExternalOp::FreeSpt {
+                gfn: base,
+                level,
+                external,
+            });
+        }
+        self.arena.free_deferred(table);
+    }
+
+    /// Puts FROZEN into an entry of a removed table; the value that was there, if it matters.
+    fn freeze_removed(&self, slot: Slot, mode: LockMode) -> Option<u64> {
+        let entry = self.arena.entry(slot);
+        match mode {
+            LockMode::Exclusive => {
+                let present = spte::is_present(entry.load(Ordering::Acquire));
+                present.then(|| entry.swap(spte::FROZEN, Ordering::AcqRel))
+            }
+            LockMode::Shared => loop {
+                // Another thread is in the middle of a change of this entry: it ends by itself.
+                let old = entry.swap(spte::FROZEN, Ordering::AcqRel);
+                if old != spte::FROZEN {
+                    return Some(old);
+                }
+                thread::yield_now();
+            },
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! KVM_CREATE_VM and KVM_TDX_INIT_VM, KVM_TDX_FINALIZE_VM.
+//!
+//! Source: arch/x86/kvm/vmx/tdx.c, `tdx_td_init()`, `setup_tdparams()`, `tdx_td_finalize()`.
+
+use std::sync::Arc;
+
+use tdx_defs::{GpaLayout, Gpaw, Leaf, TdParams, field};
+
+use super::{Vm, VmConfig};
+use crate::bugs::Check;
+use crate::counts::Counts;
+use crate::error::VmError;
+use crate::host::Host;
+use crate::mmu::Mmu;
+use crate::seam::{SeamError, SeamPort};
+use crate::sync::{Mutex, lock};
+use crate::tdx::calls;
+use crate::tdx::lifecycle::{self, expect, out_of_memory};
+use crate::tdx::seam::Seam;
+use crate::tdx::td::{Td, TdState};
+
+/// CONFIG_FLAGS bit 2: RBP is preserved across TDVMCALLs, which KVM always asks for.
+const CONFIG_FLAGS_PRESERVE_RBP: u64 = 1 << 2;
+/// Guest TSC frequency in units of 25 MHz.
+const TSC_25MHZ: u16 = 100;
+
+impl Vm {
+    /// Creates and initialises a TD.
+    pub fn create(
+        host: Arc<Host>,
+        port: Arc<dyn SeamPort>,
+        config: VmConfig,
+    ) -> Result<(Self, Counts), VmError> {
+        let params = td_params(&host, &config)?;
+        let hkid = host.hkids.alloc().ok_or(VmError::Exhausted {
+            what: "private key ids",
+            limit: host.hkids.limit(),
+        })?;
+        let Some(mut pages) = host.memory.pages(host.platform().tdcs_pages + 1) else {
+            host.hkids.free(hkid);
+            return Err(out_of_memory(&host));
+        };
+        let tdr = pages.remove(0);
+        let layout = GpaLayout::new(config.gpaw);
+        let vm = Self {
+            td: Td::new(tdr, hkid),
+            mmu: Mmu::new(layout),
+            host,
+            port,
+            config,
+            slots: super::Slots::default(),
+            slots_lock: Mutex::default(),
+            private: Mutex::default(),
+            gmem_lock: Mutex::default(),
+            invalidation: super::Invalidation::default(),
+            vcpus: super::ArcSwap::default(),
+            counts: Mutex::default(),
+            leaked: super::AtomicU64::new(0),
+            destroyed: super::AtomicBool::new(false),
+        };
+        let mut seam = vm.seam(0);
+        match lifecycle::init_td(&vm.host, &mut seam, &vm.td, &params, &pages) {
+            Ok(()) => {
+                vm.td.set_initialized();
+                let counts = vm.finish(seam);
+                Ok((vm, counts))
+            }
+            Err(error) => {
+                vm.undo_create(seam, &pages, &error);
+                Err(error)
+            }
+        }
+    }
+
+    /// The normal key release and reclaim, for a TD that did not get through INIT_VM.
+    fn undo_create(&self, mut seam: Seam<'_>, pages: &[tdx_defs::Pfn], error: &VmError) {
+        let added = lock(&self.td.tdcs).clone();
+        pages
+            .iter()
+            .filter(|page| !added.contains(page))
+            .for_each(|&page| {
+                self.host.memory.free_page(page);
+            });
+        let nothing_made = matches!(
+            error,
+            VmError::Refused {
+                leaf: Leaf::MNG_CREATE,
+                ..
+            } | VmError::Busy {
+                leaf: Leaf::MNG_CREATE,
+                ..
+            } | VmError::Seam(SeamError::NotSent { .. } | SeamError::Restarted { .. })
+        );
+        if nothing_made {
+            self.host.memory.free_page(self.td.tdr);
+            if let Some(hkid) = self.td.release_hkid() {
+                self.host.hkids.free(hkid);
+            }
+            return;
+        }
+        let released =
+            lifecycle::release_hkid(&self.host, &mut seam, &self.td, &self.mmu.bugs, &[]);
+        if released.is_ok() && self.td.hkid().is_none() {
+            // What does not come back stays out of use: the module may still hold it.
+            let _ = lifecycle::reclaim_control_pages(&self.host, &mut seam, &self.td);
+        }
+    }
+
+    /// Closes the initial image: the TD can run, MRTD is final.
+    pub fn finalize(&self) -> Result<([u8; 48], Counts), VmError> {
+        let _slots = lock(&self.slots_lock);
+        let vcpus = self.vcpus.load_full();
+        let _stopped: Vec<_> = vcpus.iter().map(|vcpu| lock(&vcpu.run)).collect();
+        self.alive()?;
+        self.needs("KVM_TDX_FINALIZE_VM", TdState::Initialized)?;
+        let mut seam = self.seam(0);
+        let result = seam.call(&calls::mr_finalize(self.td.tdr))?;
+        let finalized = expect(Leaf::MR_FINALIZE, &result);
+        if let Err(VmError::Refused { status, .. }) = &finalized {
+            // Without a vCPU the module refuses, and nothing is broken.
+            if !status.is(tdx_defs::CompletionStatus::NO_VCPUS) {
+                self.mmu.bugs.bug(Check::Seamcall, || {
+                    format!("SEAMCALL {} failed: {status}", Leaf::MR_FINALIZE)
+                });
+            }
+        }
+        let mrtd = match finalized {
+            Ok(()) => {
+                // The digest is read for people; the kernel leaves that to the guest.
+                self.read_mrtd(&mut Seam::new(&*self.port, self.config.mode, 0))?
+            }
+            Err(error) => {
+                self.finish(seam);
+                return Err(error);
+            }
+        };
+        self.td.set_runnable(mrtd);
+        Ok((mrtd, self.finish(seam)))
+    }
+
+    fn read_mrtd(&self, seam: &mut Seam<'_>) -> Result<[u8; 48], VmError> {
+        let steps: Vec<_> = (0..6)
+            .map(|word| calls::mng_rd(self.td.tdr, field::TDCS_MRTD + word))
+            .collect();
+        let mut mrtd = [0; 48];
+        for (step, word) in steps.iter().zip(mrtd.chunks_exact_mut(8)) {
+            let result = seam.call(step)?;
+            expect(Leaf::MNG_RD, &result)?;
+            word.copy_from_slice(&result.r8.to_le_bytes());
+        }
+        Ok(mrtd)
+    }
+}
+
+/// setup_tdparams.
+fn td_params(host: &Host, config: &VmConfig) -> Result<TdParams, VmError> {
+    let platform = host.platform();
+    if config.gpaw == Gpaw::W52 && !platform.five_level {
+        return Err(VmError::invalid(
+            "gpaw",
+            "52 needs 5-level tables, the platform has 4",
+        ));
+    }
+    let beyond = config.attributes.bits() & !platform.attributes_fixed0;
+    if beyond != 0 {
+        return Err(VmError::invalid(
+            "attributes",
+            format!("bits {beyond:#x} are not supported"),
+        ));
+    }
+    let beyond = config.xfam & !platform.xfam_fixed0;
+    if beyond != 0 {
+        return Err(VmError::invalid(
+            "xfam",
+            format!("bits {beyond:#x} are not supported"),
+        ));
+    }
+    if config.max_vcpus == 0 {
+        return Err(VmError::invalid("max_vcpus", "a TD needs at least one"));
+    }
+    let (eptp_controls, gpaw_flag) = match config.gpaw {
+        Gpaw::W48 => (0x1E, 0),
+        Gpaw::W52 => (0x26, 1),
+    };
+    Ok(TdParams::default()
+        .with_attributes(config.attributes.bits() | platform.attributes_fixed1)
+        .with_xfam(config.xfam | platform.xfam_fixed1)
+        .with_max_vcpus(config.max_vcpus)
+        .with_eptp_controls(eptp_controls)
+        .with_config_flags(gpaw_flag | CONFIG_FLAGS_PRESERVE_RBP)
+        .with_tsc_frequency(TSC_25MHZ))
+}

@@ -1,0 +1,502 @@
+//! Faults of one vCPU on their way: the loop behind single faults, batches and prefault.
+//!
+//! Source: arch/x86/kvm/mmu/mmu.c, `kvm_tdp_mmu_page_fault()`; tdp_mmu.c, `kvm_tdp_mmu_map()`;
+//! arch/x86/kvm/vmx/tdx.c, `tdx_handle_ept_violation()` (local retry of private faults).
+//!
+//! Mode `kernel` takes each private fault to its end, one call at a time. Mode `batched` holds
+//! entries for many faults, sends them as one message, and settles when the answer comes; up to
+//! [`MAX_FLIGHTS`] messages are under way.
+//!
+//! Invariants
+//! - F1  The read side of mmu_lock is held from the first held entry to the last settle, so a
+//!   zap never meets a FROZEN mirror entry.
+//! - F2  Nobody waits for another vCPU while it holds entries: what is held is settled first.
+
+use std::collections::VecDeque;
+
+use tdx_defs::{CompletionStatus, Gfn, Leaf, Level, Pfn, Visibility};
+
+use super::resolve::{Early, Page, Resolved};
+use super::vcpu::Vcpu;
+use super::wanted::{Ended, Wanted};
+use super::{Mode, RetPf, Vm, spans};
+use crate::error::VmError;
+use crate::mmu::arena::TableId;
+use crate::mmu::direct::Installed;
+use crate::mmu::lock::ReadGuard;
+use crate::mmu::mirror::{Begin, Depth, Extended, Unit};
+use crate::mmu::spte::{self, LeafTraits};
+use crate::sync::thread;
+use crate::tdx::install::Sent;
+use crate::tdx::lifecycle::out_of_memory;
+use crate::tdx::seam::Seam;
+
+/// Local retries of one fault before the vCPU loop gets it back.
+const MAX_TRIES: u32 = if cfg!(feature = "shuttle") {
+    64
+} else {
+    20_000
+};
+/// Passes of a fault that found no page for a table.
+const TOP_UPS: u32 = 32;
+/// Messages under way.
+const MAX_FLIGHTS: usize = 4;
+/// Units that one message joins: eight leaf tables.
+const MAX_UNITS: usize = 8;
+/// Calls and leaves of one message, before runs are joined.
+const MAX_OPS: usize = 4096;
+
+/// What one pass over a fault came to.
+enum Pass {
+    Ended(Result<RetPf, VmError>, Option<Pfn>),
+    /// #VE in the guest: no exit, nothing to count.
+    Raised,
+    /// Its entry is held; the module's answer ends it.
+    Held,
+    /// Start over at once.
+    Again,
+    /// Start over when others have moved on.
+    Wait,
+}
+
+/// A fault whose entry is held: unit of the message, leaf of the unit.
+struct Waiting {
+    wanted: Wanted,
+    tries: u32,
+    unit: usize,
+    leaf: usize,
+}
+
+struct Flight<'a> {
+    sent: Sent<'a>,
+    waiting: Vec<Waiting>,
+}
+
+/// The faults of one operation.
+pub(super) struct Faulting<'a> {
+    vm: &'a Vm,
+    vcpu: &'a Vcpu,
+    direct: TableId,
+    mirror: TableId,
+    pub(super) seam: Seam<'a>,
+    held: Option<ReadGuard<'a>>,
+    units: Vec<Unit<'a>>,
+    /// Tables and leaves of `units`.
+    ops: usize,
+    waiting: Vec<Waiting>,
+    flights: VecDeque<Flight<'a>>,
+    todo: VecDeque<(Wanted, u32)>,
+    /// The call that was last refused.
+    busy: Option<(Leaf, CompletionStatus)>,
+    pub(super) ended: Vec<Ended>,
+}
+
+impl<'a> Faulting<'a> {
+    pub(super) fn new(
+        vm: &'a Vm,
+        vcpu: &'a Vcpu,
+        (direct, mirror): (TableId, TableId),
+        seam: Seam<'a>,
+    ) -> Self {
+        Self {
+            vm,
+            vcpu,
+            direct,
+            mirror,
+            seam,
+            held: None,
+            units: Vec::new(),
+            ops: 0,
+            waiting: Vec::new(),
+            flights: VecDeque::new(),
+            todo: VecDeque::new(),
+            busy: None,
+            ended: Vec::new(),
+        }
+    }
+
+    /// The way to the module, with what was counted.
+    pub(super) fn into_seam(self) -> Seam<'a> {
+        self.seam
+    }
+
+    /// Takes one access as far as it goes without waiting for the module.
+    pub(super) fn push(&mut self, wanted: Wanted) {
+        self.todo.push_back((wanted, 0));
+        self.work();
+    }
+
+    /// Sends and settles everything, and takes every access to its end.
+    pub(super) fn finish(&mut self) {
+        loop {
+            self.work();
+            if self.units.is_empty() && self.flights.is_empty() {
+                break;
+            }
+            self.settle_all();
+        }
+        self.held = None;
+    }
+
+    fn work(&mut self) {
+        while let Some((wanted, tries)) = self.todo.pop_front() {
+            match self.pass(wanted, tries) {
+                Pass::Held => {}
+                Pass::Raised => {
+                    let Wanted { index, gfn, .. } = wanted;
+                    let result = Ok(RetPf::Emulate);
+                    self.ended.push(Ended {
+                        index,
+                        gfn,
+                        result,
+                        pfn: None,
+                    });
+                }
+                Pass::Ended(result, pfn) => self.end(wanted, result, pfn),
+                Pass::Again | Pass::Wait if tries + 1 >= MAX_TRIES => {
+                    self.give_up(wanted, tries + 1);
+                }
+                Pass::Again => self.todo.push_front((wanted, tries + 1)),
+                Pass::Wait => {
+                    self.todo.push_front((wanted, tries + 1));
+                    self.let_others_go_on();
+                }
+            }
+        }
+    }
+
+    /// F2: what is held is settled first; then the others get their turn.
+    fn let_others_go_on(&mut self) {
+        if !self.units.is_empty() || !self.flights.is_empty() {
+            self.settle_all();
+            return;
+        }
+        self.held = None;
+        self.vm.invalidation.wait_until_quiet();
+        thread::yield_now();
+    }
+
+    /// A zap waits until every reader has left: a long operation must not keep it waiting.
+    fn let_the_writer_in(&mut self) {
+        self.settle_all();
+        self.held = None;
+    }
+
+    /// Whether the access meets a valid MMIO SPTE: the processor raises #VE in the guest, and KVM
+    /// does not hear of it.
+    fn raises_ve(&self, wanted: &Wanted) -> bool {
+        if wanted.visibility != Visibility::Shared || wanted.prefetch {
+            return false;
+        }
+        let _rcu = crossbeam_epoch::pin();
+        let found = self.vm.mmu.last(self.direct, wanted.gfn);
+        found.is_some_and(|at| at.level == Level::L4K && at.spte == self.vm.mmio_spte(wanted.gfn))
+    }
+
+    fn end(&mut self, wanted: Wanted, result: Result<RetPf, VmError>, pfn: Option<Pfn>) {
+        let counts = &mut self.seam.counts;
+        if !wanted.prefetch {
+            match &result {
+                Ok(RetPf::Fixed) => counts.pf_fixed += 1,
+                Ok(RetPf::Spurious) => counts.pf_spurious += 1,
+                Ok(RetPf::Emulate) => counts.pf_emulate += 1,
+                _ => {}
+            }
+        }
+        let Wanted { index, gfn, .. } = wanted;
+        self.ended.push(Ended {
+            index,
+            gfn,
+            result,
+            pfn,
+        });
+    }
+
+    /// One pass of the fault handler.
+    fn pass(&mut self, wanted: Wanted, tries: u32) -> Pass {
+        if let Err(error) = self.vm.alive() {
+            return Pass::Ended(Err(error), None);
+        }
+        if self.held.is_some() && self.vm.mmu.lock.is_wanted() {
+            self.let_the_writer_in();
+        }
+        if self.raises_ve(&wanted) {
+            return Pass::Raised;
+        }
+        if !wanted.prefetch {
+            self.seam.counts.pf_taken += 1;
+        }
+        if let Some(installed) = self.fast(&wanted) {
+            return installed;
+        }
+        let resolved = match self.vm.resolve(&wanted) {
+            Ok(resolved) => resolved,
+            Err(Early::Ret(RetPf::Retry)) => return Pass::Wait,
+            Err(Early::Ret(ret_pf)) => return Pass::Ended(Ok(ret_pf), None),
+            Err(Early::Error(error)) => return Pass::Ended(Err(error), None),
+        };
+        if self.held.is_none() {
+            self.held = Some(self.vm.mmu.lock.read(self.vcpu.id));
+        }
+        if self.vm.mmu.is_obsolete(self.direct) {
+            // Only the vCPU loop can load another root.
+            return Pass::Ended(Ok(RetPf::Retry), None);
+        }
+        if self.vm.is_stale(&resolved, wanted.gfn) {
+            return Pass::Wait;
+        }
+        match (wanted.visibility, resolved.page) {
+            (Visibility::Shared, _) => self.map_shared(&wanted, &resolved),
+            (Visibility::Private, Some(page)) => self.map_private(wanted, page, tries),
+            // resolve() refuses a private frame without a slot.
+            (Visibility::Private, None) => Pass::Ended(Ok(RetPf::Invalid), None),
+        }
+    }
+
+    /// page_fault_can_be_fast, fast_page_fault: present write faults of shared memory only.
+    fn fast(&mut self, wanted: &Wanted) -> Option<Pass> {
+        let eligible = wanted.visibility == Visibility::Shared
+            && wanted.present
+            && wanted.access.write
+            && !wanted.prefetch;
+        if !eligible {
+            return None;
+        }
+        let slot = self.vm.slots.find(wanted.gfn);
+        if self.vm.is_private(slot.as_deref(), wanted.gfn) {
+            return None;
+        }
+        let _rcu = crossbeam_epoch::pin();
+        let ret_pf = match self.vm.mmu.fast_page_fault(self.direct, wanted.gfn)? {
+            Installed::Fixed => RetPf::Fixed,
+            Installed::Spurious => RetPf::Spurious,
+            Installed::Retry | Installed::NoMemory => return None,
+        };
+        self.seam.counts.pf_fast += 1;
+        Some(Pass::Ended(Ok(ret_pf), None))
+    }
+
+    fn map_shared(&mut self, wanted: &Wanted, resolved: &Resolved) -> Pass {
+        let Wanted {
+            gfn,
+            access,
+            prefetch,
+            ..
+        } = *wanted;
+        let new = match resolved.page {
+            Some(page) => spte::leaf_4k(
+                page.pfn,
+                LeafTraits {
+                    map_writable: page.map_writable,
+                    prefetch,
+                },
+            ),
+            None => self.vm.mmio_spte(gfn),
+        };
+        let pfn = resolved.page.map(|page| page.pfn);
+        match self
+            .vm
+            .mmu
+            .map_direct(self.direct, gfn, new, access, prefetch)
+        {
+            Installed::NoMemory => Pass::Ended(Err(out_of_memory(&self.vm.host)), None),
+            Installed::Retry => Pass::Wait,
+            Installed::Spurious if pfn.is_some() => Pass::Ended(Ok(RetPf::Spurious), pfn),
+            Installed::Fixed if pfn.is_some() => {
+                self.seam.counts.pages_mapped += 1;
+                Pass::Ended(Ok(RetPf::Fixed), pfn)
+            }
+            installed => {
+                let new = installed == Installed::Fixed;
+                self.seam.counts.pf_mmio_spte_created += u64::from(new);
+                Pass::Ended(Ok(RetPf::Emulate), None)
+            }
+        }
+    }
+
+    fn map_private(&mut self, wanted: Wanted, page: Page, tries: u32) -> Pass {
+        let traits = LeafTraits {
+            map_writable: page.map_writable,
+            prefetch: wanted.prefetch,
+        };
+        let leaf = spte::leaf_4k(page.pfn, traits);
+        if !self.vm.mmu.top_up_external(|| self.vm.host.memory.page()) {
+            return Pass::Ended(Err(out_of_memory(&self.vm.host)), None);
+        }
+        match self.vm.config.mode {
+            Mode::Kernel => self.map_now(&wanted, leaf, tries),
+            Mode::Batched => self.map_later(wanted, leaf, tries),
+        }
+    }
+
+    fn begin(&self, gfn: Gfn, leaf: u64, depth: Depth) -> Begin<'a> {
+        if self.seam.is_traced() {
+            spans::begin(&self.vm.mmu, self.mirror, gfn, leaf, depth)
+        } else {
+            self.vm.mmu.begin(self.mirror, gfn, leaf, depth)
+        }
+    }
+
+    fn hit(&mut self, spte: u64) -> Pass {
+        self.seam.counts.mirror_hits += 1;
+        Pass::Ended(Ok(RetPf::Spurious), Some(spte::pfn(spte)))
+    }
+
+    /// kvm_tdp_mmu_map as the kernel runs it: one entry, one call, one after the other.
+    fn map_now(&mut self, wanted: &Wanted, leaf: u64, tries: u32) -> Pass {
+        let hooks = self.vm.hooks();
+        let mut called = false;
+        loop {
+            let unit = match self.begin(wanted.gfn, leaf, Depth::One) {
+                Begin::Held(unit) => unit,
+                Begin::Mapped { spte } if !called => return self.hit(spte),
+                Begin::Mapped { spte } => {
+                    return Pass::Ended(Ok(RetPf::Spurious), Some(spte::pfn(spte)));
+                }
+                Begin::Frozen | Begin::Lost => return Pass::Wait,
+                Begin::NoMemory => return self.no_memory(tries),
+            };
+            called = true;
+            let is_leaf = unit.links() == 0;
+            let sent = hooks.send(&mut self.seam, vec![unit], None);
+            match hooks.settle(&mut self.seam, sent) {
+                Err(error) => return Pass::Ended(Err(error.into()), None),
+                Ok(settled) if !settled.complete => {
+                    self.busy = settled.failed.map(|(leaf, result)| (leaf, result.status()));
+                    return Pass::Wait;
+                }
+                Ok(_) if is_leaf => {
+                    self.seam.counts.pages_mapped += 1;
+                    return Pass::Ended(Ok(RetPf::Fixed), Some(spte::pfn(leaf)));
+                }
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// Holds the entries and leaves the call for a message that others share.
+    fn map_later(&mut self, wanted: Wanted, leaf: u64, tries: u32) -> Pass {
+        for at in (0..self.units.len()).rev().take(MAX_UNITS) {
+            match self.units[at].extend(wanted.gfn, leaf) {
+                Extended::Added => return self.hold(wanted, tries, at),
+                Extended::Mapped { spte } => return self.hit(spte),
+                Extended::Frozen => return Pass::Wait,
+                Extended::Outside => {}
+            }
+        }
+        let full = self.units.len() >= MAX_UNITS && wanted.prefetch;
+        if full || self.ops >= MAX_OPS - 8 {
+            self.send();
+        }
+        match self.begin(wanted.gfn, leaf, Depth::Chain) {
+            Begin::Held(unit) => {
+                self.ops += unit.links();
+                self.units.push(unit);
+                self.hold(wanted, tries, self.units.len() - 1)
+            }
+            Begin::Mapped { spte } => self.hit(spte),
+            Begin::Frozen => Pass::Wait,
+            Begin::Lost => Pass::Again,
+            Begin::NoMemory => self.no_memory(tries),
+        }
+    }
+
+    /// The cache of table pages belongs to all vCPUs: others may have emptied it since it was
+    /// topped up, so a fault looks again before it gives up.
+    fn no_memory(&self, tries: u32) -> Pass {
+        match tries < TOP_UPS {
+            true => Pass::Again,
+            false => Pass::Ended(Err(out_of_memory(&self.vm.host)), None),
+        }
+    }
+
+    fn hold(&mut self, wanted: Wanted, tries: u32, unit: usize) -> Pass {
+        let leaf = self.units[unit].leaves() - 1;
+        self.ops += 1;
+        self.waiting.push(Waiting {
+            wanted,
+            tries,
+            unit,
+            leaf,
+        });
+        Pass::Held
+    }
+
+    /// Sends what is held as one message.
+    fn send(&mut self) {
+        if self.units.is_empty() {
+            return;
+        }
+        if self.flights.len() >= MAX_FLIGHTS {
+            self.settle_one();
+        }
+        self.ops = 0;
+        let units = std::mem::take(&mut self.units);
+        let waiting = std::mem::take(&mut self.waiting);
+        let sent = self.vm.hooks().send(&mut self.seam, units, None);
+        self.flights.push_back(Flight { sent, waiting });
+    }
+
+    fn settle_all(&mut self) {
+        self.send();
+        while !self.flights.is_empty() {
+            self.settle_one();
+        }
+    }
+
+    fn settle_one(&mut self) {
+        let Some(Flight { sent, waiting }) = self.flights.pop_front() else {
+            return;
+        };
+        match self.vm.hooks().settle(&mut self.seam, sent) {
+            Ok(settled) => {
+                self.busy = settled.failed.map(|(leaf, result)| (leaf, result.status()));
+                for Waiting {
+                    wanted,
+                    tries,
+                    unit,
+                    leaf,
+                } in waiting
+                {
+                    let confirmed = settled
+                        .units
+                        .get(unit)
+                        .is_some_and(|unit| leaf < unit.leaves);
+                    if confirmed {
+                        self.seam.counts.pages_mapped += 1;
+                        self.end(wanted, Ok(RetPf::Fixed), None);
+                    } else {
+                        self.again(wanted, tries);
+                    }
+                }
+            }
+            Err(error) => {
+                for waiting in waiting {
+                    self.end(waiting.wanted, Err(error.clone().into()), None);
+                }
+            }
+        }
+    }
+
+    /// RET_PF_RETRY of a private fault: retried here, not in the guest.
+    fn again(&mut self, wanted: Wanted, tries: u32) {
+        if tries + 1 < MAX_TRIES {
+            self.todo.push_back((wanted, tries + 1));
+        } else {
+            self.give_up(wanted, tries + 1);
+        }
+    }
+
+    /// Model: the kernel retries until the vCPU has an event to serve; here a budget ends it.
+    fn give_up(&mut self, wanted: Wanted, tries: u32) {
+        let result = match self.busy {
+            Some((leaf, status)) => Err(VmError::Busy {
+                leaf,
+                status,
+                tries,
+            }),
+            None => Ok(RetPf::Retry),
+        };
+        self.end(wanted, result, None);
+    }
+}

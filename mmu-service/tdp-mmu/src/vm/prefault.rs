@@ -1,0 +1,152 @@
+//! KVM_PRE_FAULT_MEMORY: mappings ahead of any access.
+//!
+//! Source: virt/kvm/kvm_main.c, `kvm_vcpu_pre_fault_memory()`; arch/x86/kvm/mmu/mmu.c,
+//! `kvm_arch_vcpu_pre_fault_memory()`. Prefault counts no fault; leaves are made with
+//! "accessed" clear.
+
+use tdx_defs::{Gfn, PAGE_SHIFT, PAGE_SIZE, Visibility};
+
+use super::faulting::Faulting;
+use super::wanted::Wanted;
+use super::{RetPf, Vm};
+use crate::counts::Counts;
+use crate::error::VmError;
+use crate::mmu::spte::Access;
+use crate::sync::lock;
+
+/// Pages between two reports of progress.
+const STRIDE: u64 = 4096;
+
+impl Vm {
+    /// Maps `[gpa, gpa + size)`. `progress` gets the bytes done so far. Succeeds when at least
+    /// one page was done; the last report says how many.
+    pub fn pre_fault_memory(
+        &self,
+        vcpu_id: u32,
+        gpa: u64,
+        size: u64,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Counts, VmError> {
+        self.alive()?;
+        let range = self.page_range(("gpa", "size"), gpa, size)?;
+        let vcpu = self.vcpu(vcpu_id)?;
+        let mut run = lock(&vcpu.run);
+        if !self.td.is_runnable() {
+            return Err(VmError::NotYet {
+                operation: "KVM_PRE_FAULT_MEMORY",
+            });
+        }
+        let roots = self.enter(&vcpu, &mut run)?;
+        let mut faulting = Faulting::new(self, &vcpu, roots, self.seam(vcpu.lp));
+        let mut done = Done::default();
+        for (index, gfn) in range.clone().enumerate() {
+            faulting.push(self.prefetch(index, Gfn::new(gfn)));
+            done.collect(&mut faulting);
+            if done.failed.is_some() {
+                break;
+            }
+            if (gfn + 1) % STRIDE == 0 {
+                progress(done.pages * PAGE_SIZE);
+            }
+        }
+        faulting.finish();
+        done.collect(&mut faulting);
+        let seam = faulting.into_seam();
+        run.counts += &seam.counts;
+        progress(done.in_front() * PAGE_SIZE);
+        match done.failed {
+            Some((0, error)) => Err(error),
+            _ => Ok(seam.counts),
+        }
+    }
+
+    /// The kind of access follows the attribute of the frame.
+    fn prefetch(&self, index: usize, gfn: Gfn) -> Wanted {
+        let slot = self.slots.find(gfn);
+        let visibility = match self.is_private(slot.as_deref(), gfn) {
+            true => Visibility::Private,
+            false => Visibility::Shared,
+        };
+        let access = Access {
+            write: false,
+            exec: false,
+        };
+        Wanted {
+            index,
+            gfn,
+            visibility,
+            access,
+            present: false,
+            prefetch: true,
+        }
+    }
+
+    /// Frames of a page-aligned range of guest physical addresses without SHARED bit.
+    pub(super) fn page_range(
+        &self,
+        (field, size_field): (&'static str, &'static str),
+        gpa: u64,
+        size: u64,
+    ) -> Result<std::ops::Range<u64>, VmError> {
+        if !gpa.is_multiple_of(PAGE_SIZE) {
+            return Err(VmError::invalid(
+                field,
+                format!("{gpa:#x} is not page aligned"),
+            ));
+        }
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
+            let reason = format!("{size:#x} is not a positive number of pages");
+            return Err(VmError::invalid(size_field, reason));
+        }
+        let limit = self.mmu.layout.gfn_limit() << PAGE_SHIFT;
+        if gpa >= limit {
+            let reason = format!("{gpa:#x} carries the SHARED bit or is above it ({limit:#x})");
+            return Err(VmError::invalid(field, reason));
+        }
+        match gpa.checked_add(size) {
+            Some(end) if end <= limit => Ok(gpa >> PAGE_SHIFT..end >> PAGE_SHIFT),
+            _ => Err(VmError::invalid(
+                size_field,
+                format!("the range {gpa:#x} + {size:#x} ends above the SHARED bit ({limit:#x})"),
+            )),
+        }
+    }
+}
+
+/// How far a prefault got.
+#[derive(Default)]
+struct Done {
+    pages: u64,
+    /// The first page that could not be done, by its place in the range.
+    failed: Option<(usize, VmError)>,
+}
+
+impl Done {
+    fn collect(&mut self, faulting: &mut Faulting<'_>) {
+        for ended in faulting.ended.drain(..) {
+            let error = match ended.result {
+                Ok(RetPf::Fixed | RetPf::Spurious | RetPf::WriteProtected) => {
+                    self.pages += 1;
+                    continue;
+                }
+                Ok(RetPf::Emulate) => VmError::NoMemory(ended.gfn.base()),
+                Ok(_) => VmError::SlotGoing(ended.gfn.base()),
+                Err(error) => error,
+            };
+            if self
+                .failed
+                .as_ref()
+                .is_none_or(|(first, _)| ended.index < *first)
+            {
+                self.failed = Some((ended.index, error));
+            }
+        }
+    }
+
+    /// Pages in front of the first failure: only these are reported.
+    fn in_front(&self) -> u64 {
+        self.failed
+            .as_ref()
+            .map_or(self.pages, |&(first, _)| first as u64)
+    }
+}

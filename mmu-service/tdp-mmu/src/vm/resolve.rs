@@ -1,0 +1,174 @@
+//! From a faulting frame to the page behind it, and whether that still holds.
+//!
+//! Source: arch/x86/kvm/mmu/mmu.c, `kvm_mmu_faultin_pfn()`, `kvm_mmu_faultin_pfn_gmem()`,
+//! `kvm_handle_noslot_fault()`, `is_page_fault_stale()`. The checks run in that order; the first
+//! that decides is the answer.
+
+use std::sync::Arc;
+
+use tdx_defs::{Gfn, PAGE_SIZE, Pfn, Visibility};
+
+use super::wanted::Wanted;
+use super::{RetPf, Vm};
+use crate::bugs::Check;
+use crate::error::{MemoryFault, VmError, errno};
+use crate::memory::backing::NoPage;
+use crate::memory::slots::Slot;
+use crate::mmu::spte;
+use crate::sync::lock;
+use crate::tdx::lifecycle::out_of_memory;
+
+/// KVM_MEMORY_EXIT_FLAG_PRIVATE.
+const EXIT_PRIVATE: u64 = 8;
+
+/// What is behind a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Page {
+    pub(super) pfn: Pfn,
+    pub(super) map_writable: bool,
+}
+
+/// A frame looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Resolved {
+    /// None: no slot, MMIO.
+    pub(super) page: Option<Page>,
+    /// mmu_invalidate_seq before the look-up.
+    pub(super) seq: u64,
+}
+
+/// The answer without a walk.
+pub(super) enum Early {
+    Ret(RetPf),
+    Error(VmError),
+}
+
+impl From<VmError> for Early {
+    fn from(error: VmError) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl Vm {
+    /// KVM_MEMORY_ATTRIBUTE_PRIVATE of a frame.
+    pub(super) fn is_private(&self, slot: Option<&Slot>, gfn: Gfn) -> bool {
+        match slot {
+            Some(slot) => slot.is_private(gfn),
+            None => lock(&self.private).contains(gfn),
+        }
+    }
+
+    pub(super) fn resolve(&self, wanted: &Wanted) -> Result<Resolved, Early> {
+        let Wanted {
+            gfn,
+            visibility,
+            prefetch,
+            ..
+        } = *wanted;
+        let wants_private = visibility == Visibility::Private;
+        if self.mmu.layout.is_alias(gfn) {
+            self.mmu
+                .bugs
+                .bug(Check::B24, || format!("{gfn} carries the SHARED bit"));
+            return Err(self
+                .memory_fault(gfn, visibility, errno::EFAULT, "SHARED bit")
+                .into());
+        }
+        let seq = self.invalidation.seq();
+        let slot = self.slots.find(gfn);
+        if self.is_private(slot.as_deref(), gfn) != wants_private {
+            let reason = if wants_private {
+                "a private access to a shared frame"
+            } else {
+                "a shared access to a private frame"
+            };
+            return Err(self
+                .memory_fault(gfn, visibility, errno::EFAULT, reason)
+                .into());
+        }
+        let Some(slot) = slot else {
+            if wants_private {
+                let reason = "no memory slot covers the private frame";
+                return Err(self
+                    .memory_fault(gfn, visibility, errno::EFAULT, reason)
+                    .into());
+            }
+            return Ok(Resolved { page: None, seq });
+        };
+        if slot.is_going() {
+            return Err(match prefetch {
+                true => VmError::SlotGoing(gfn.base()).into(),
+                false => Early::Ret(RetPf::Retry),
+            });
+        }
+        if self.invalidation.retry(seq, gfn) {
+            return Err(Early::Ret(RetPf::Retry));
+        }
+        if slot.spec.read_only && wanted.access.write {
+            return Err(Early::Ret(RetPf::Emulate));
+        }
+        let page = self.page_of(&slot, gfn, visibility)?;
+        if self.invalidation.retry(seq, gfn) {
+            return Err(Early::Ret(RetPf::Retry));
+        }
+        Ok(Resolved {
+            page: Some(page),
+            seq,
+        })
+    }
+
+    fn page_of(&self, slot: &Arc<Slot>, gfn: Gfn, visibility: Visibility) -> Result<Page, VmError> {
+        let backing = match visibility {
+            Visibility::Shared => &slot.user,
+            Visibility::Private => slot.gmem.as_ref().ok_or_else(|| {
+                let reason = "the memory slot has no guest_memfd";
+                self.memory_fault(gfn, visibility, errno::EFAULT, reason)
+            })?,
+        };
+        match backing.get(slot.offset(gfn)) {
+            Ok(pfn) => Ok(Page {
+                pfn,
+                map_writable: !slot.spec.read_only,
+            }),
+            Err(NoPage::NoMemory) => Err(out_of_memory(&self.host)),
+            Err(NoPage::Poisoned) => {
+                Err(self.memory_fault(gfn, visibility, errno::EHWPOISON, "the page is poisoned"))
+            }
+        }
+    }
+
+    /// KVM_EXIT_MEMORY_FAULT.
+    pub(super) fn memory_fault(
+        &self,
+        gfn: Gfn,
+        visibility: Visibility,
+        errno: i32,
+        reason: &'static str,
+    ) -> VmError {
+        let flags = if visibility == Visibility::Private {
+            EXIT_PRIVATE
+        } else {
+            0
+        };
+        let record = MemoryFault {
+            gpa: gfn.base().get(),
+            size: PAGE_SIZE,
+            flags,
+        };
+        VmError::MemoryFault {
+            record,
+            errno,
+            reason,
+        }
+    }
+
+    /// is_page_fault_stale, for a valid root; the caller holds the read side of mmu_lock.
+    pub(super) fn is_stale(&self, resolved: &Resolved, gfn: Gfn) -> bool {
+        resolved.page.is_some() && self.invalidation.retry(resolved.seq, gfn)
+    }
+
+    /// make_mmio_spte, of the present generation of slots.
+    pub(super) fn mmio_spte(&self, gfn: Gfn) -> u64 {
+        spte::mmio(gfn.base().get(), self.slots.generation())
+    }
+}

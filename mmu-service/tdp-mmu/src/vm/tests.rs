@@ -1,0 +1,237 @@
+//! Scenarios that need a hand inside: states that no sequence of calls reaches.
+
+use tdx_defs::{Gfn, Gpaw, Leaf, Level, Pfn, Visibility};
+
+use super::faulting::Faulting;
+use super::resolve::Early;
+use super::wanted::Wanted;
+use super::*;
+use crate::bugs::Check;
+use crate::common::{self, Rig};
+use crate::error::errno;
+use crate::mmu::mirror::{Begin, Depth};
+use crate::mmu::removal::ExternalOp;
+use crate::mmu::role::RootKind;
+use crate::mmu::roots::RootTypes;
+use crate::mmu::spte::{self, Access, LeafTraits};
+
+const GFN: Gfn = Gfn::new(1);
+
+fn e4(mode: Mode) -> (Rig, Vm) {
+    let rig = Rig::new();
+    let vm = rig.empty(mode, Gpaw::W48);
+    rig.port.take_calls();
+    (rig, vm)
+}
+
+fn checks(vm: &Vm) -> Vec<Check> {
+    vm.bugs()
+        .reports()
+        .into_iter()
+        .map(|(check, _)| check)
+        .collect()
+}
+
+fn leaves(rig: &Rig) -> Vec<Leaf> {
+    rig.port
+        .take_calls()
+        .into_iter()
+        .map(|call| call.leaf)
+        .collect()
+}
+
+fn wanted(gfn: Gfn, visibility: Visibility, prefetch: bool) -> Wanted {
+    let access = Access {
+        write: !prefetch,
+        exec: false,
+    };
+    Wanted {
+        index: 0,
+        gfn,
+        visibility,
+        access,
+        present: false,
+        prefetch,
+    }
+}
+
+const REMOVAL: [Leaf; 4] = [
+    Leaf::MEM_RANGE_BLOCK,
+    Leaf::MEM_TRACK,
+    Leaf::MEM_PAGE_REMOVE,
+    Leaf::PHYMEM_PAGE_WBINVD,
+];
+
+#[test]
+fn r07_a_root_of_another_level_is_not_shown_to_the_module() {
+    let (rig, vm) = e4(Mode::Batched);
+    assert!(!vm.check_root_level(Level::L256T));
+    assert_eq!(checks(&vm), [Check::B32]);
+    assert_eq!(leaves(&rig), [], "no TDH.VP.WR");
+}
+
+#[test]
+fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
+    let (rig, vm) = e4(Mode::Batched);
+    vm.slots
+        .by_id(0)
+        .unwrap()
+        .going
+        .store(true, Ordering::SeqCst);
+    let early = vm
+        .resolve(&wanted(GFN, Visibility::Private, false))
+        .err()
+        .unwrap();
+    assert!(matches!(early, Early::Ret(RetPf::Retry)));
+    let report = vm.handle_fault(0, common::private(1)).unwrap();
+    assert_eq!(
+        report.ret_pf,
+        RetPf::Retry,
+        "the budget of local retries ends"
+    );
+    let error = vm
+        .pre_fault_memory(0, 0x1000, 0x1000, &mut |_| {})
+        .unwrap_err();
+    assert_eq!(error.errno(), errno::EAGAIN);
+    assert_eq!(leaves(&rig), []);
+}
+
+#[test]
+fn d15_a_frame_with_the_shared_bit_is_a_bug() {
+    let (_rig, vm) = e4(Mode::Batched);
+    let alias = Gfn::new(1 | vm.mmu.layout.direct_bits());
+    let Err(Early::Error(error)) = vm.resolve(&wanted(alias, Visibility::Shared, false)) else {
+        panic!("resolved");
+    };
+    assert_eq!(error.errno(), errno::EFAULT);
+    assert_eq!(checks(&vm), [Check::B24]);
+    assert!(vm.bugs().is_bugged());
+}
+
+#[test]
+fn d16_faults_on_an_obsolete_direct_root_start_over() {
+    for mode in [Mode::Kernel, Mode::Batched] {
+        for visibility in [Visibility::Shared, Visibility::Private] {
+            let (rig, vm) = e4(mode);
+            vm.set_memory_attributes(0x2000, 0x1000, 0).unwrap();
+            let vcpu = vm.vcpu(0).unwrap();
+            let roots = {
+                let run = lock(&vcpu.run);
+                (run.root.unwrap(), run.mirror_root.unwrap())
+            };
+            drop(vm.mmu.invalidate_roots(RootTypes::DIRECT));
+            let gfn = Gfn::new(if visibility == Visibility::Shared {
+                2
+            } else {
+                1
+            });
+            let mut faulting = Faulting::new(&vm, &vcpu, roots, vm.seam(0));
+            faulting.push(wanted(gfn, visibility, false));
+            faulting.finish();
+            assert_eq!(
+                faulting.ended[0].result,
+                Ok(RetPf::Retry),
+                "{mode:?} {visibility:?}"
+            );
+            assert_eq!(leaves(&rig), []);
+        }
+    }
+}
+
+#[test]
+fn p16_a_goal_above_4k_is_refused_by_the_leaf_hook() {
+    let (rig, vm) = e4(Mode::Kernel);
+    let mut seam = vm.seam(0);
+    let level = Level::L2M;
+    let ops = [ExternalOp::SetSpte {
+        gfn: Gfn::new(0),
+        level,
+        spte: spte::NP,
+    }];
+    assert!(!vm.hooks().would_call(&mut seam, &ops));
+    assert_eq!(checks(&vm), [Check::B27]);
+    assert_eq!(leaves(&rig), []);
+}
+
+#[test]
+fn i21_a_leaf_before_finalisation_needs_a_source_page() {
+    let rig = Rig::new();
+    let vm = rig.pre(Mode::Batched, Gpaw::W48);
+    vm.load_mmu(0).unwrap();
+    rig.port.take_calls();
+    let root = vm.mmu.root_of(RootKind::Mirror).unwrap();
+    assert!(vm.mmu.top_up_external(|| vm.host.memory.page()));
+    let leaf = spte::leaf_4k(
+        Pfn::new(7),
+        LeafTraits {
+            map_writable: true,
+            prefetch: true,
+        },
+    );
+    let Begin::Held(unit) = vm.mmu.begin(root, GFN, leaf, Depth::Chain) else {
+        panic!("not held")
+    };
+    let mut seam = vm.seam(0);
+    let sent = vm.hooks().send(&mut seam, vec![unit], None);
+    let settled = vm.hooks().settle(&mut seam, sent).unwrap();
+    assert!(!settled.complete && settled.failed.is_none());
+    assert_eq!(leaves(&rig), [Leaf::MEM_SEPT_ADD; 3], "tables, and no page");
+    assert_eq!(checks(&vm), [Check::B29]);
+    assert_eq!(vm.mmu.last(root, GFN).unwrap().spte, spte::NP);
+}
+
+#[test]
+fn x03_a_mirror_leaf_made_present_by_force_loses_the_old_page() {
+    let (rig, vm) = e4(Mode::Kernel);
+    common::map_private(&vm, 1..2);
+    rig.port.take_calls();
+    let root = vm.mmu.root_of(RootKind::Mirror).unwrap();
+    let step = vm.mmu.last(root, GFN).unwrap();
+    let mut ops = Vec::new();
+    let held = vm.mmu.lock.write();
+    vm.mmu
+        .set_spte(&held, &step, GFN, step.spte & !spte::WRITE, &mut ops);
+    vm.carry_out(&mut vm.seam(0), &ops).unwrap();
+    drop(held);
+    assert_eq!(checks(&vm), [Check::B11]);
+    assert_eq!(leaves(&rig), REMOVAL);
+}
+
+#[test]
+fn x04_a_private_table_is_not_freed_while_a_key_is_assigned() {
+    let (rig, vm) = e4(Mode::Kernel);
+    common::map_private(&vm, 1..2);
+    rig.port.take_calls();
+    let root = vm.mmu.root_of(RootKind::Mirror).unwrap();
+    let table = vm.mmu.path(root, GFN)[2];
+    let mut ops = Vec::new();
+    let held = vm.mmu.lock.write();
+    vm.mmu
+        .set_spte(&held, &table, Gfn::new(0), spte::NP, &mut ops);
+    vm.carry_out(&mut vm.seam(0), &ops).unwrap();
+    drop(held);
+    assert_eq!(checks(&vm), [Check::B31, Check::B14]);
+    assert_eq!(leaves(&rig), REMOVAL, "the leaf goes, the table is leaked");
+    assert_eq!(vm.leaked.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn t07_a_leaf_left_behind_the_key_is_a_bug() {
+    let (rig, vm) = e4(Mode::Kernel);
+    common::map_private(&vm, 1..2);
+    rig.port.take_calls();
+    let root = vm.mmu.root_of(RootKind::Mirror).unwrap();
+    let hkid = vm.td.release_hkid().unwrap();
+    let mut ops = Vec::new();
+    let held = vm.mmu.lock.write();
+    vm.mmu.zap_leafs(&held, root, 0..16, u64::MAX, &mut ops);
+    vm.carry_out(&mut vm.seam(0), &ops).unwrap();
+    drop(held);
+    assert_eq!(checks(&vm), [Check::B30], "key id {hkid} was gone");
+    assert_eq!(leaves(&rig), []);
+    assert_eq!(
+        vm.mmu.last(root, GFN).unwrap().spte,
+        spte::NP,
+        "the mirror is cleared"
+    );
+}

@@ -1,0 +1,296 @@
+//! The way to the module core in this process: every call recorded, answers spoilt on request.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tdp_mmu::{Batch, SeamError, SeamPort, Ticket};
+use tdx_defs::{CompletionStatus, Leaf, Seamcall, SeamcallResult};
+use tdx_module::{LpId, Module};
+
+/// A call that the port carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) leaf: Leaf,
+    pub(crate) rcx: u64,
+    pub(crate) status: CompletionStatus,
+}
+
+/// What happens to a call instead of being made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// The module answers this and does nothing.
+    Answer(CompletionStatus),
+    /// It runs, and the answer of its message is lost.
+    LoseAnswer,
+    /// It does not run, and nobody knows.
+    LoseCall,
+    /// It runs while a host interrupt is pending.
+    Interrupt,
+    /// Its message is never sent.
+    Refuse,
+}
+
+/// Spoils calls of one leaf.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rule {
+    pub(crate) leaf: Leaf,
+    /// Only calls with this RCX.
+    pub(crate) rcx: Option<u64>,
+    /// Calls that still pass first.
+    pub(crate) skip: u32,
+    /// Calls to spoil behind them.
+    pub(crate) times: u32,
+    pub(crate) effect: Effect,
+}
+
+impl Rule {
+    /// Spoils the next call of `leaf`.
+    pub(crate) fn next(leaf: Leaf, effect: Effect) -> Self {
+        Self {
+            leaf,
+            rcx: None,
+            skip: 0,
+            times: 1,
+            effect,
+        }
+    }
+
+    /// Answers busy to the next `times` calls of `leaf`.
+    pub(crate) fn busy(leaf: Leaf, times: u32) -> Self {
+        Self {
+            times,
+            ..Self::next(leaf, Effect::Answer(CompletionStatus::OPERAND_BUSY))
+        }
+    }
+}
+
+/// Calls of one leaf that succeeded.
+const LEAVES: usize = 64;
+
+pub(crate) struct Port {
+    module: Arc<Module>,
+    log: Mutex<Vec<Call>>,
+    recording: AtomicBool,
+    rules: Mutex<Vec<Rule>>,
+    any_rules: AtomicBool,
+    batches: AtomicU64,
+    succeeded: [AtomicU64; LEAVES],
+}
+
+/// How a message ended before its last call.
+enum Cut {
+    Unknown,
+}
+
+impl Port {
+    pub(crate) fn new(module: Arc<Module>) -> Self {
+        Self {
+            module,
+            log: Mutex::default(),
+            recording: AtomicBool::new(true),
+            rules: Mutex::default(),
+            any_rules: AtomicBool::new(false),
+            batches: AtomicU64::new(0),
+            succeeded: [const { AtomicU64::new(0) }; LEAVES],
+        }
+    }
+
+    pub(crate) fn inject(&self, rule: Rule) {
+        lock(&self.rules).push(rule);
+        self.any_rules.store(true, Ordering::SeqCst);
+    }
+
+    /// Forgets the rules; how many had something left to spoil.
+    pub(crate) fn clear_rules(&self) -> usize {
+        self.any_rules.store(false, Ordering::SeqCst);
+        let rules = std::mem::take(&mut *lock(&self.rules));
+        rules
+            .iter()
+            .filter(|rule| rule.times != 0 && rule.times != u32::MAX)
+            .count()
+    }
+
+    /// Whether calls are kept; counts are in any case.
+    pub(crate) fn record(&self, on: bool) {
+        self.recording.store(on, Ordering::SeqCst);
+    }
+
+    /// The calls since the last time, in order, runs expanded.
+    pub(crate) fn take_calls(&self) -> Vec<Call> {
+        std::mem::take(&mut *lock(&self.log))
+    }
+
+    /// Messages since the last time.
+    pub(crate) fn take_batches(&self) -> u64 {
+        self.batches.swap(0, Ordering::SeqCst)
+    }
+
+    /// How many calls of a leaf succeeded since the start.
+    pub(crate) fn succeeded(&self, leaf: Leaf) -> u64 {
+        self.succeeded
+            .get(usize::from(leaf.0))
+            .map_or(0, |count| count.load(Ordering::SeqCst))
+    }
+
+    fn run(&self, batch: &Batch) -> Result<Vec<SeamcallResult>, SeamError> {
+        self.batches.fetch_add(1, Ordering::SeqCst);
+        let mut results = Vec::with_capacity(batch.calls.len());
+        for call in &batch.calls {
+            let outcome = self.run_one(LpId(batch.lp), call);
+            let result = outcome.map_err(|Cut::Unknown| SeamError::Unknown {
+                reason: "answer lost".into(),
+            })?;
+            results.push(result);
+            if batch.stop_on_error && result.status().is_error() {
+                break;
+            }
+        }
+        Ok(results)
+    }
+
+    /// One call, or a run call by call when somebody watches.
+    fn run_one(&self, lp: LpId, call: &Seamcall) -> Result<SeamcallResult, Cut> {
+        let watched =
+            self.recording.load(Ordering::SeqCst) || self.any_rules.load(Ordering::SeqCst);
+        if !watched {
+            pause();
+            let result = self.module.seamcall(lp, call);
+            pause();
+            self.count(call.leaf, result.completed);
+            return Ok(result);
+        }
+        let mut single = Seamcall {
+            repeat: None,
+            ..call.clone()
+        };
+        let mut stepping = call.clone();
+        let mut completed = 0;
+        let mut result = SeamcallResult::default();
+        for _ in 0..call.count() {
+            (single.rcx, single.r8, single.r9) = (stepping.rcx, stepping.r8, stepping.r9);
+            result = self.run_single(lp, &single)?;
+            if result.rax != CompletionStatus::SUCCESS.0 {
+                break;
+            }
+            completed += 1;
+            stepping.step();
+        }
+        Ok(SeamcallResult {
+            completed,
+            ..result
+        })
+    }
+
+    fn run_single(&self, lp: LpId, call: &Seamcall) -> Result<SeamcallResult, Cut> {
+        let effect = self.effect_on(call);
+        let result = match effect {
+            Some(Effect::LoseCall) => return Err(Cut::Unknown),
+            Some(Effect::Answer(status)) => SeamcallResult {
+                rax: status.0,
+                ..SeamcallResult::default()
+            },
+            _ => {
+                pause();
+                self.module
+                    .set_interrupt_pending(effect == Some(Effect::Interrupt), 0);
+                let result = self.module.seamcall(lp, call);
+                self.module.set_interrupt_pending(false, 0);
+                pause();
+                result
+            }
+        };
+        self.count(
+            call.leaf,
+            u32::from(result.rax == CompletionStatus::SUCCESS.0),
+        );
+        if self.recording.load(Ordering::SeqCst) {
+            let status = result.status();
+            lock(&self.log).push(Call {
+                leaf: call.leaf,
+                rcx: call.rcx,
+                status,
+            });
+        }
+        match effect {
+            Some(Effect::LoseAnswer) => Err(Cut::Unknown),
+            _ => Ok(result),
+        }
+    }
+
+    fn count(&self, leaf: Leaf, good: u32) {
+        if let Some(count) = self.succeeded.get(usize::from(leaf.0)) {
+            count.fetch_add(good.into(), Ordering::SeqCst);
+        }
+    }
+
+    /// The rule that this call meets, used up by one.
+    fn effect_on(&self, call: &Seamcall) -> Option<Effect> {
+        if !self.any_rules.load(Ordering::SeqCst) {
+            return None;
+        }
+        let mut rules = lock(&self.rules);
+        for rule in rules
+            .iter_mut()
+            .filter(|rule| rule.effect != Effect::Refuse)
+        {
+            let meant = rule.leaf == call.leaf
+                && rule.rcx.is_none_or(|rcx| rcx == call.rcx)
+                && rule.times != 0;
+            if !meant {
+                continue;
+            }
+            if rule.skip > 0 {
+                rule.skip -= 1;
+                continue;
+            }
+            rule.times -= u32::from(rule.times != u32::MAX);
+            return Some(rule.effect);
+        }
+        None
+    }
+
+    /// Whether a message is not to be sent.
+    fn refused(&self, batch: &Batch) -> bool {
+        let mut rules = lock(&self.rules);
+        let rule = rules.iter_mut().find(|rule| {
+            rule.effect == Effect::Refuse
+                && rule.times != 0
+                && batch.calls.iter().any(|call| call.leaf == rule.leaf)
+        });
+        match rule {
+            Some(rule) if rule.skip > 0 => {
+                rule.skip -= 1;
+                false
+            }
+            Some(rule) => {
+                rule.times -= 1;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+impl SeamPort for Port {
+    fn submit(&self, batch: Batch) -> Ticket {
+        if self.any_rules.load(Ordering::SeqCst) && self.refused(&batch) {
+            return Ticket::ready(Err(SeamError::NotSent {
+                reason: "refused by the test".into(),
+            }));
+        }
+        Ticket::ready(self.run(&batch))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Under shuttle other threads get their turn around every call.
+#[cfg(feature = "shuttle")]
+fn pause() {
+    shuttle::thread::yield_now();
+}
+
+#[cfg(not(feature = "shuttle"))]
+fn pause() {}
