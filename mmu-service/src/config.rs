@@ -1,0 +1,218 @@
+//! Settings of the service: command line first, environment second, default last.
+//!
+//! Parsed once, checked by clap, then passed down explicitly.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, value_parser};
+use transport::Address;
+
+use crate::link::{Budget, LinkConfig};
+
+/// Where the service listens by default.
+pub const DEFAULT_LISTEN: &str = "unix:///run/tdx-mirror-mmu/mmu.sock";
+/// Where the module listens by default.
+pub const DEFAULT_MODULE: &str = "unix:///run/tdx-mirror-mmu/module.sock";
+
+/// KVM's memory management for TDX guests as a gRPC service, kvm.mmu.v1.MmuService.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "mmu-service", version, args_conflicts_with_subcommands = true)]
+pub struct Config {
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// Where to listen, unix:///path or http://host:port; more than once for several places.
+    #[arg(long, value_name = "URL", env = "MMU_LISTEN", value_delimiter = ',', default_value = DEFAULT_LISTEN)]
+    pub listen: Vec<Address>,
+
+    /// Where the TDX module listens, unix:///path or http://host:port.
+    #[arg(long, value_name = "URL", env = "MMU_MODULE", default_value = DEFAULT_MODULE)]
+    pub module: Address,
+
+    /// What the service takes on at a time.
+    #[command(flatten)]
+    pub limits: Limits,
+
+    /// How the module is talked to.
+    #[command(flatten)]
+    pub link: Link,
+}
+
+/// What to do instead of serving.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Ask a running service whether it is serving: exit status 0 when it is.
+    Healthcheck {
+        /// Where it listens, unix:///path or http://host:port.
+        #[arg(long, value_name = "URL", env = "MMU_ENDPOINT", default_value = DEFAULT_LISTEN)]
+        endpoint: Address,
+    },
+}
+
+/// What the service takes on at a time.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Limits")]
+pub struct Limits {
+    /// VMs at a time.
+    #[arg(long, value_name = "N", env = "MMU_MAX_VMS", default_value = "4096", value_parser = value_parser!(u32).range(1..=1_048_576))]
+    pub max_vms: u32,
+
+    /// Operations that work at a time; each has a thread while it does.
+    #[arg(long, value_name = "N", env = "MMU_MAX_OPERATIONS", default_value = "256", value_parser = value_parser!(u32).range(1..=4096))]
+    pub max_operations: u32,
+
+    /// Requests that are in work or wait for a thread; those above are refused at once.
+    #[arg(long, value_name = "N", env = "MMU_MAX_REQUESTS", default_value = "1024", value_parser = value_parser!(u32).range(1..=65_536))]
+    pub max_requests: u32,
+
+    /// Faults in one message of HandleFaults.
+    #[arg(long, value_name = "N", env = "MMU_MAX_FAULTS", default_value = "4096", value_parser = value_parser!(u32).range(1..=65_536))]
+    pub max_faults: u32,
+
+    /// Messages of one HandleFaults stream that are read ahead.
+    #[arg(long, value_name = "N", env = "MMU_MAX_FAULT_BATCHES", default_value = "8", value_parser = value_parser!(u32).range(1..=256))]
+    pub max_fault_batches: u32,
+
+    /// Size of one message, in bytes.
+    #[arg(long, value_name = "BYTES", env = "MMU_MAX_MESSAGE", default_value = "16777216", value_parser = value_parser!(u32).range(65_536..=1_073_741_824))]
+    pub max_message: u32,
+
+    /// How long the reader of a stream may take nothing before the stream ends, in seconds.
+    #[arg(long, value_name = "SECONDS", env = "MMU_STALL", default_value = "30", value_parser = value_parser!(u64).range(1..=3600))]
+    pub stall_s: u64,
+
+    /// How long running operations and the release of the VMs may take at the end, in seconds.
+    #[arg(long, value_name = "SECONDS", env = "MMU_DRAIN", default_value = "8", value_parser = value_parser!(u64).range(0..=3600))]
+    pub drain_s: u64,
+}
+
+/// How the module is talked to.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Module link")]
+pub struct Link {
+    /// Streams to the module; a logical processor always uses the same one.
+    #[arg(long, value_name = "N", env = "MMU_LINK_STREAMS", default_value = "4", value_parser = value_parser!(u32).range(1..=64))]
+    pub link_streams: u32,
+
+    /// Batches under way on each stream; kept below the module's replay window.
+    #[arg(long, value_name = "N", env = "MMU_LINK_WINDOW", default_value = "16", value_parser = value_parser!(u32).range(1..=1024))]
+    pub link_window: u32,
+
+    /// Single calls under way, for VMs in mode `kernel`.
+    #[arg(long, value_name = "N", env = "MMU_LINK_CALLS", default_value = "16", value_parser = value_parser!(u32).range(1..=1024))]
+    pub link_calls: u32,
+
+    /// How long the module may take for one batch, in seconds.
+    #[arg(long, value_name = "SECONDS", env = "MMU_RPC_DEADLINE", default_value = "10", value_parser = value_parser!(u64).range(1..=3600))]
+    pub rpc_deadline_s: u64,
+
+    /// How often in a row a batch is sent without an answer before it is given up.
+    #[arg(
+        long,
+        value_name = "N",
+        env = "MMU_RECONNECT_ATTEMPTS",
+        default_value = "24"
+    )]
+    pub reconnect_attempts: NonZeroU32,
+
+    /// How long a lost module is waited for before batches are given up, in seconds.
+    #[arg(long, value_name = "SECONDS", env = "MMU_RECONNECT_TIME", default_value = "15", value_parser = value_parser!(u64).range(0..=3600))]
+    pub reconnect_time_s: u64,
+}
+
+impl Config {
+    pub(crate) fn link_config(&self) -> LinkConfig {
+        LinkConfig {
+            module: self.module.clone(),
+            // A stream without a logical processor is never opened, so this is an upper bound.
+            streams: size(self.link.link_streams),
+            window: size(self.link.link_window),
+            calls: size(self.link.link_calls),
+            rpc_deadline: Duration::from_secs(self.link.rpc_deadline_s),
+            budget: Budget {
+                attempts: self.link.reconnect_attempts.get(),
+                time: Duration::from_secs(self.link.reconnect_time_s),
+            },
+            message_limit: self.limits.message_limit(),
+        }
+    }
+}
+
+impl Limits {
+    /// Bytes.
+    pub(crate) fn message_limit(&self) -> usize {
+        size(self.max_message)
+    }
+
+    pub(crate) fn stall(&self) -> Duration {
+        Duration::from_secs(self.stall_s)
+    }
+
+    pub(crate) fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_s)
+    }
+}
+
+/// A limit as a size in memory.
+pub(crate) fn size(limit: u32) -> usize {
+    usize::try_from(limit).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Config::command().debug_assert();
+    }
+
+    #[test]
+    fn several_places_to_listen_at_can_be_given() {
+        for args in [
+            &[
+                "mmu-service",
+                "--listen",
+                "unix:///a/b",
+                "--listen",
+                "http://127.0.0.1:0",
+            ][..],
+            &["mmu-service", "--listen", "unix:///a/b,http://127.0.0.1:0"],
+        ] {
+            let config = Config::try_parse_from(args).unwrap();
+            let places: Vec<String> = config.listen.iter().map(ToString::to_string).collect();
+            assert_eq!(places, ["unix:///a/b", "http://127.0.0.1:0"]);
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_with_their_option() {
+        for (option, value) in [
+            ("--listen", "ftp://x"),
+            ("--module", "nowhere"),
+            ("--max-vms", "0"),
+            ("--max-operations", "4097"),
+            ("--max-message", "1"),
+            ("--rpc-deadline-s", "0"),
+            ("--reconnect-attempts", "0"),
+        ] {
+            let error = Config::try_parse_from(["mmu-service", option, value]).unwrap_err();
+            assert!(error.to_string().contains(option), "{option}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_health_check_takes_an_endpoint_and_nothing_else() {
+        let config =
+            Config::try_parse_from(["mmu-service", "healthcheck", "--endpoint", "http://h:1"])
+                .unwrap();
+        assert!(matches!(
+            config.command,
+            Some(Command::Healthcheck { endpoint }) if endpoint.to_string() == "http://h:1"
+        ));
+    }
+}

@@ -1,0 +1,27 @@
+//! KVM's memory management for TDX guests as a service: the shell around the core `tdp-mmu`.
+//!
+//! The core is synchronous and blocks while the TDX module answers, as a KVM ioctl does. This
+//! crate gives it threads (`service`), a way to the module in the other process (`link`), the
+//! wire contract `kvm.mmu.v1`, limits, health and an orderly end.
+//!
+//! ```text
+//! gRPC request ─▶ service: convert ─▶ blocking thread: core ─▶ link: batch ─▶ TDX module
+//!                 service: convert ◀─                       ◀─ link: answer ◀─
+//! ```
+//!
+//! [`cli_main`] is the whole program; [`run`] is the server on listeners that the caller made.
+
+mod cli;
+mod config;
+mod convert;
+mod health;
+mod link;
+mod registry;
+mod server;
+mod service;
+mod shell;
+mod status;
+
+pub use cli::{Error, cli_main};
+pub use config::{Command, Config, DEFAULT_LISTEN, DEFAULT_MODULE, Limits, Link};
+pub use server::run;

@@ -1,0 +1,367 @@
+//! The module link: how the core's batches reach the TDX module and its answers come back.
+//!
+//! The core blocks, the transport does not: a thread of its own runs all I/O on a single-threaded
+//! runtime, and callers wait on a channel each. A batch takes one of two ways. `Via::Stream` goes
+//! to the lane of its logical processor, one long-lived stream with many batches under way
+//! ([`lane`]); `Via::Rpc` is a call of its own ([`unary`]).
+//!
+//! Invariants
+//! - K1  A batch runs at most once, whatever is lost on the way: it is sent again only under the
+//!   same session and number, and the module replays those that it knows.
+//! - K2  A batch for one run of the module never reaches another ([`connection`]).
+//! - K3  A caller waits for a bounded time: the budget of [`retry`] ends with
+//!   [`SeamError::NotSent`] where that is certain, else with [`SeamError::Unknown`].
+
+mod attachment;
+mod connection;
+mod lane;
+mod monitor;
+mod retry;
+mod unary;
+mod window;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
+
+use mirror_proto::module::{ExecuteRequest, ExecuteResponse};
+use mirror_proto::seamcall_to_wire;
+use tdp_mmu::{Batch, HostError, SeamError, SeamPort, Ticket, Via};
+use tdx_defs::SeamcallResult;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tracing::Span;
+use transport::Address;
+
+pub(crate) use attachment::{Attachment, LinkState};
+pub(crate) use retry::Budget;
+
+use attachment::Instances;
+use lane::Lane;
+use unary::Calls;
+use window::{Permit, Window};
+
+/// Room for everything in a batch that is not page contents, in bytes a call.
+const CALL_BYTES: usize = 160;
+
+/// How the link behaves.
+#[derive(Debug, Clone)]
+pub(crate) struct LinkConfig {
+    /// Where the module listens.
+    pub(crate) module: Address,
+    /// Streams for `Via::Stream`.
+    pub(crate) streams: usize,
+    /// Batches under way on each stream.
+    pub(crate) window: usize,
+    /// Calls under way for `Via::Rpc`.
+    pub(crate) calls: usize,
+    /// How long the module may take for a batch.
+    pub(crate) rpc_deadline: Duration,
+    /// What is spent on reaching a lost module.
+    pub(crate) budget: Budget,
+    /// Bytes.
+    pub(crate) message_limit: usize,
+}
+
+/// Why there is no connection to the module.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LinkError {
+    /// The URL is not usable.
+    #[error("module: the address cannot be used")]
+    Address(#[source] transport::ConnectError),
+    /// Nobody answers.
+    #[error("no module answers at {module}")]
+    Unreachable {
+        /// Where.
+        module: Address,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody holds the socket and says nothing.
+    #[error("the module at {module} does not answer within {limit:?}")]
+    Silent {
+        /// Where.
+        module: Address,
+        /// The deadline.
+        limit: Duration,
+    },
+    /// The module does not describe its platform.
+    #[error("the module does not describe its platform")]
+    NoPlatform(#[source] Box<tonic::Status>),
+    /// The platform cannot host a TD.
+    #[error("the module's platform cannot be used")]
+    Platform(#[source] HostError),
+    /// An answer of a run that is over.
+    #[error("instance {instance} of the module is over")]
+    Stale {
+        /// That run.
+        instance: String,
+    },
+    /// The link has no connection at the moment.
+    #[error("the module is not reachable: {reason}")]
+    Down {
+        /// The last error.
+        reason: String,
+    },
+}
+
+impl LinkError {
+    /// The error with its causes, in one line.
+    pub(crate) fn chain(&self) -> String {
+        crate::cli::chain(self)
+    }
+}
+
+/// What the tasks of the I/O thread have in common.
+#[derive(Debug)]
+struct Shared {
+    config: LinkConfig,
+    instances: Instances,
+    /// Asks the monitor to look at once.
+    nudge: Notify,
+}
+
+type Answer = Result<Vec<SeamcallResult>, SeamError>;
+
+/// A batch on its way to a lane or to a call. Session and number are given there.
+struct Job {
+    request: ExecuteRequest,
+    attachment: Arc<Attachment>,
+    reply: Reply,
+}
+
+/// Where the answer goes. Holds the place in the window until then.
+struct Reply {
+    caller: SyncSender<Answer>,
+    permit: Permit,
+}
+
+impl Reply {
+    fn resolve(self, answer: Answer) {
+        drop(self.permit);
+        // A caller that does not wait any more has nothing to learn.
+        let _ = self.caller.try_send(answer);
+    }
+}
+
+struct LaneHandle {
+    jobs: mpsc::UnboundedSender<Job>,
+    window: Arc<Window>,
+}
+
+/// The link to one module. Dropping it ends its thread; batches under way are then unknown.
+pub(crate) struct ModuleLink {
+    shared: Arc<Shared>,
+    lanes: Vec<LaneHandle>,
+    calls: Arc<Calls>,
+    call_window: Arc<Window>,
+    io: tokio::runtime::Handle,
+    _stop: oneshot::Sender<()>,
+}
+
+impl ModuleLink {
+    /// Starts the I/O thread. The module need not be there yet.
+    pub(crate) fn start(config: LinkConfig) -> io::Result<Arc<Self>> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let io = runtime.handle().clone();
+        let name = format!("mmu-{}", uuid::Uuid::new_v4().simple());
+        let shared = Arc::new(Shared {
+            config,
+            instances: Instances::new(),
+            nudge: Notify::new(),
+        });
+        let mut lanes = Vec::new();
+        for lane in 0..shared.config.streams.max(1) {
+            let (jobs, queue) = mpsc::unbounded_channel();
+            io.spawn(Lane::new(Arc::clone(&shared), queue, format!("{name}-s{lane}")).run());
+            lanes.push(LaneHandle {
+                jobs,
+                window: Window::new(shared.config.window),
+            });
+        }
+        io.spawn(monitor::watch(Arc::clone(&shared)));
+        let calls = Calls::new(Arc::clone(&shared), &name, shared.config.calls);
+        let (stop, stopped) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("module-link".into())
+            .spawn(move || {
+                // Ends when the sender is dropped.
+                let _ = runtime.block_on(stopped);
+            })?;
+        let call_window = Window::new(shared.config.calls);
+        Ok(Arc::new(Self {
+            shared,
+            lanes,
+            calls,
+            call_window,
+            io,
+            _stop: stop,
+        }))
+    }
+
+    /// Whether the module is there, now and later.
+    pub(crate) fn state(&self) -> watch::Receiver<LinkState> {
+        self.shared.instances.subscribe()
+    }
+
+    /// The current run of the module; waits for one for at most `patience`.
+    pub(crate) async fn attach(&self, patience: Duration) -> Result<Arc<Attachment>, LinkError> {
+        let mut state = self.state();
+        if !matches!(&*state.borrow(), LinkState::Up(_)) {
+            self.shared.nudge.notify_one();
+        }
+        let up = state.wait_for(|state| matches!(state, LinkState::Up(_)));
+        if let Ok(Ok(state)) = tokio::time::timeout(patience, up).await
+            && let LinkState::Up(attachment) = &*state
+        {
+            return Ok(Arc::clone(attachment));
+        }
+        let reason = match &*self.state().borrow() {
+            LinkState::Down { reason, .. } => reason.to_string(),
+            LinkState::Connecting | LinkState::Up(_) => "no answer yet".into(),
+        };
+        Err(LinkError::Down { reason })
+    }
+
+    /// The way to the module for a VM that is built on `attachment`.
+    pub(crate) fn port(self: &Arc<Self>, attachment: &Arc<Attachment>) -> Arc<dyn SeamPort> {
+        Arc::new(Port {
+            link: Arc::clone(self),
+            attachment: Arc::clone(attachment),
+        })
+    }
+
+    fn submit(&self, attachment: &Arc<Attachment>, batch: Batch) -> Ticket {
+        if attachment.is_retired() {
+            return Ticket::ready(Err(restarted(attachment, "another one")));
+        }
+        let Batch {
+            lp,
+            via,
+            stop_on_error,
+            calls,
+        } = batch;
+        let limit = self.shared.config.message_limit;
+        let bytes = calls
+            .iter()
+            .map(|call| CALL_BYTES + call.data.len())
+            .sum::<usize>();
+        if bytes > limit {
+            return Ticket::ready(Err(SeamError::NotSent {
+                reason: format!("the batch takes {bytes} bytes, the limit is {limit}"),
+            }));
+        }
+        let (span, traceparent) = batch_span(lp, via, calls.len());
+        let request = ExecuteRequest {
+            session: String::new(),
+            sequence: 0,
+            stop_on_error,
+            calls: calls.into_iter().map(seamcall_to_wire).collect(),
+            lp,
+            traceparent,
+        };
+        let (caller, answer) = sync_channel(1);
+        let job = |permit| Job {
+            request,
+            attachment: Arc::clone(attachment),
+            reply: Reply { caller, permit },
+        };
+        let handed = match via {
+            Via::Rpc => {
+                let job = job(self.call_window.acquire());
+                drop(self.io.spawn(Arc::clone(&self.calls).run(job)));
+                true
+            }
+            Via::Stream => {
+                // At least one lane, so the remainder is of a number above zero.
+                let lane = &self.lanes[lp as usize % self.lanes.len()];
+                lane.jobs.send(job(lane.window.acquire())).is_ok()
+            }
+        };
+        if !handed {
+            return Ticket::ready(Err(SeamError::NotSent {
+                reason: ENDED.into(),
+            }));
+        }
+        Ticket::pending(move || {
+            let outcome = answer.recv().unwrap_or_else(|_| {
+                Err(SeamError::Unknown {
+                    reason: ENDED.into(),
+                })
+            });
+            if let Err(error) = &outcome {
+                span.record("otel.status_code", "ERROR");
+                span.record("error.message", tracing::field::display(error));
+            }
+            outcome
+        })
+    }
+}
+
+const ENDED: &str = "the module link has ended";
+
+/// The span of a batch, from its submission to its answer, and the name by which the module
+/// continues it. Only inside a span that is exported.
+fn batch_span(lp: u32, via: Via, calls: usize) -> (Span, String) {
+    if telemetry::traceparent_of_current_span().is_none() {
+        return (Span::none(), String::new());
+    }
+    let span = tracing::info_span!(
+        "seamcall batch",
+        otel.kind = "client",
+        lp,
+        calls,
+        via = match via {
+            Via::Rpc => "rpc",
+            Via::Stream => "stream",
+        },
+        otel.status_code = tracing::field::Empty,
+        error.message = tracing::field::Empty,
+    );
+    let traceparent = span.in_scope(telemetry::traceparent_of_current_span);
+    (span, traceparent.unwrap_or_default())
+}
+
+/// [`SeamPort`] of the VMs of one run of the module.
+struct Port {
+    link: Arc<ModuleLink>,
+    attachment: Arc<Attachment>,
+}
+
+impl SeamPort for Port {
+    fn submit(&self, batch: Batch) -> Ticket {
+        self.link.submit(&self.attachment, batch)
+    }
+}
+
+fn restarted(old: &Attachment, new: &str) -> SeamError {
+    SeamError::Restarted {
+        reason: format!("instance {} is over, {new} runs now", old.instance()),
+    }
+}
+
+/// The results in an answer, once their number makes sense.
+fn results(request: &ExecuteRequest, answer: ExecuteResponse) -> Answer {
+    let (asked, given) = (request.calls.len(), answer.results.len());
+    let stopped = request.stop_on_error
+        && answer
+            .results
+            .last()
+            .is_some_and(|last| SeamcallResult::from(*last).status().is_error());
+    if given > asked || (given < asked && !stopped) {
+        return Err(SeamError::Unknown {
+            reason: format!("the module answered {given} of {asked} calls"),
+        });
+    }
+    Ok(answer
+        .results
+        .into_iter()
+        .map(SeamcallResult::from)
+        .collect())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,81 @@
+//! The server: services, layers, and the way from the first connection to the last.
+
+use std::future::Future;
+use std::time::Duration;
+
+use mirror_proto::mmu::mmu_service_server::{MmuServiceServer, SERVICE_NAME};
+use telemetry::propagate::ServerTraceLayer;
+use tokio::time::Instant;
+use tonic::service::LayerExt as _;
+use transport::{AdmissionLayer, Listener};
+
+use crate::cli::Error;
+use crate::config::{Config, size};
+use crate::health;
+use crate::link::ModuleLink;
+use crate::service::Service;
+use crate::shell::Shell;
+
+/// When a request that found no place may come back.
+const RETRY_AFTER: Duration = Duration::from_millis(50);
+
+/// Serves on `listeners` until `shutdown` completes, then drains: running operations end and every
+/// VM is released, within the configured time.
+///
+/// The module need not be there yet: the service is not healthy until it is.
+pub async fn run(
+    config: Config,
+    listeners: Vec<Listener>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let link = ModuleLink::start(config.link_config()).map_err(Error::Link)?;
+    let shell = Shell::new(config.limits, link);
+    let (reporter, health_service) = tonic_health::server::health_reporter();
+    let health = health::report(reporter, &shell).await;
+
+    let message_limit = config.limits.message_limit();
+    let mmu = MmuServiceServer::new(Service::new(shell.clone()))
+        .max_decoding_message_size(message_limit)
+        .max_encoding_message_size(message_limit);
+    let admission = AdmissionLayer::new(size(config.limits.max_requests), RETRY_AFTER);
+    let router = transport::server()
+        .layer(ServerTraceLayer::new())
+        .add_service(health_service)
+        .add_service(reflection().build_v1().map_err(Error::Reflection)?)
+        .add_service(reflection().build_v1alpha().map_err(Error::Reflection)?)
+        // Only in front of the work: a busy service still answers health checks.
+        .add_service(admission.named_layer(mmu));
+
+    for address in listeners
+        .iter()
+        .filter_map(|listener| listener.address().ok())
+    {
+        tracing::info!(%address, module = %config.module, "listening");
+    }
+    let drain = config.limits.drain();
+    let mut drained_by = None;
+    let stopping = async {
+        shutdown.await;
+        drained_by = Some(Instant::now() + drain);
+        shell.start_draining();
+    };
+    // Half of the time for open connections, so that a client that holds on to its streams does
+    // not cost the module its pages.
+    transport::serve(router, listeners, stopping, drain / 2)
+        .await
+        .map_err(Error::Serve)?;
+    shell
+        .finish(drained_by.unwrap_or_else(|| Instant::now() + drain))
+        .await;
+    health.abort();
+    Ok(())
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(mirror_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name(SERVICE_NAME)
+        .with_service_name("grpc.health.v1.Health")
+        .with_service_name("grpc.reflection.v1.ServerReflection")
+}

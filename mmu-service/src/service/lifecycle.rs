@@ -1,0 +1,255 @@
+//! VMs and vCPUs come and go: CreateVm, DestroyVm, ListVms, CreateVcpu, FinalizeVm.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mirror_proto::{InvalidField, mmu as wire};
+use tdp_mmu::{Counts, Vm, VmConfig};
+use tdx_defs::{GpaLayout, TdAttributes};
+use tonic::Status;
+use tracing::info_span;
+
+use crate::convert::{counts_to_wire, gpaw_from_wire, hex, mode_from_wire, vm_info_to_wire};
+use crate::registry::VmEntry;
+use crate::shell::Shell;
+use crate::status;
+
+/// Longest label, in bytes.
+const MAX_LABEL: usize = 64;
+/// Highest MAX_VCPUS of a TD.
+const MAX_VCPUS: u16 = 576;
+/// MAX_VCPUS when the request leaves it open.
+const DEFAULT_MAX_VCPUS: u16 = 16;
+/// XFAM when the request leaves it open: x87 and SSE.
+const DEFAULT_XFAM: u64 = 3;
+/// How long CreateVm waits for a module that is on its way up.
+const MODULE_PATIENCE: Duration = Duration::from_secs(2);
+
+pub(super) async fn create_vm(
+    shell: &Arc<Shell>,
+    request: wire::CreateVmRequest,
+) -> Result<wire::CreateVmResponse, Status> {
+    let config = vm_config(&request).map_err(status::of_field)?;
+    let (entry, counts) = match build_vm(shell, &config, &request.label).await? {
+        Built::Vm(entry, counts) => (entry, counts),
+        // The module restarted meanwhile, and nothing was lost but this attempt.
+        Built::OnOldRun(_) => match build_vm(shell, &config, &request.label).await? {
+            Built::Vm(entry, counts) => (entry, counts),
+            Built::OnOldRun(refusal) => return Err(refusal),
+        },
+    };
+    let info = entry.vm.info();
+    tracing::info!(
+        vm = entry.id,
+        label = entry.label,
+        hkid = info.hkid,
+        "VM created"
+    );
+    Ok(wire::CreateVmResponse {
+        vm_id: entry.id,
+        hkid: info.hkid.unwrap_or(0),
+        tdr: info.tdr.get(),
+        counts: Some(counts),
+    })
+}
+
+enum Built {
+    Vm(Arc<VmEntry>, wire::Counts),
+    /// Refused because the run of the module that it was built on ended.
+    OnOldRun(Status),
+}
+
+async fn build_vm(shell: &Arc<Shell>, config: &VmConfig, label: &str) -> Result<Built, Status> {
+    let place = shell.vms.reserve()?;
+    let attachment = shell
+        .link
+        .attach(MODULE_PATIENCE)
+        .await
+        .map_err(|error| status::module_unreachable(&error.chain()))?;
+    let layout = GpaLayout::new(config.gpaw);
+    let (shell_there, config, label) = (Arc::clone(shell), config.clone(), label.to_owned());
+    let span = info_span!("create_vm", vm = tracing::field::Empty, label);
+    let work = move || {
+        let port = shell_there.link.port(&attachment);
+        let built = Vm::create(Arc::clone(attachment.host()), port, config);
+        match built {
+            Ok((vm, counts)) => {
+                // Entered here and not by the caller: a VM whose caller hung up is still listed.
+                let entry = shell_there.vms.insert(place, label, vm, layout, attachment);
+                tracing::Span::current().record("vm", entry.id);
+                Ok(Built::Vm(entry, counts_to_wire(&counts)))
+            }
+            Err(error) if attachment.is_retired() => Ok(Built::OnOldRun(status::of_vm(&error))),
+            Err(error) => Err(status::of_vm(&error)),
+        }
+    };
+    shell.run(span, work).await?
+}
+
+fn vm_config(request: &wire::CreateVmRequest) -> Result<VmConfig, InvalidField> {
+    if request.label.len() > MAX_LABEL {
+        let reason = format!("{} bytes, the limit is {MAX_LABEL}", request.label.len());
+        return Err(InvalidField::new("label", reason));
+    }
+    let max_vcpus = match request.max_vcpus {
+        0 => DEFAULT_MAX_VCPUS,
+        given => u16::try_from(given)
+            .ok()
+            .filter(|max| *max <= MAX_VCPUS)
+            .ok_or_else(|| {
+                InvalidField::new("max_vcpus", format!("{given} is outside 1..={MAX_VCPUS}"))
+            })?,
+    };
+    Ok(VmConfig {
+        gpaw: gpaw_from_wire(request.gpaw)?,
+        mode: mode_from_wire(request.mode)?,
+        attributes: request.attributes.map_or(
+            TdAttributes::SEPT_VE_DISABLE,
+            TdAttributes::from_bits_retain,
+        ),
+        xfam: if request.xfam == 0 {
+            DEFAULT_XFAM
+        } else {
+            request.xfam
+        },
+        max_vcpus,
+    })
+}
+
+pub(super) async fn destroy_vm(
+    shell: &Arc<Shell>,
+    request: wire::DestroyVmRequest,
+) -> Result<wire::DestroyVmResponse, Status> {
+    // A VM whose module has restarted can go as well: there is nothing left to give back.
+    let entry = shell.vms.get(request.vm_id)?;
+    let mode = match request.mode {
+        0 => entry.vm.info().mode,
+        mode => mode_from_wire(mode).map_err(status::of_field)?,
+    };
+    let (shell_there, entry_there) = (Arc::clone(shell), Arc::clone(&entry));
+    let span = info_span!("destroy_vm", vm = entry.id);
+    let (counts, pages_leaked) = shell
+        .run(span, move || {
+            let destroyed = match entry_there.vm.destroy_in(mode) {
+                Ok(destroyed) => destroyed,
+                Err(_) if entry_there.lost().is_some() => (Counts::default(), 0),
+                Err(error) => return Err(status::of_vm(&error)),
+            };
+            // Of two callers at a time one has destroyed it; for the other it is gone.
+            if !shell_there.vms.remove(entry_there.id) {
+                return Err(status::unknown_vm(entry_there.id));
+            }
+            Ok(destroyed)
+        })
+        .await??;
+    tracing::info!(vm = entry.id, pages_leaked, "VM destroyed");
+    Ok(wire::DestroyVmResponse {
+        counts: Some(counts_to_wire(&counts)),
+        pages_leaked,
+    })
+}
+
+pub(super) async fn list_vms(
+    shell: &Arc<Shell>,
+    _: wire::ListVmsRequest,
+) -> Result<wire::ListVmsResponse, Status> {
+    let shell_there = Arc::clone(shell);
+    let span = info_span!("list_vms");
+    let vms = shell
+        .run(span, move || {
+            shell_there
+                .vms
+                .all()
+                .iter()
+                .map(|vm| vm_info_to_wire(vm))
+                .collect()
+        })
+        .await?;
+    Ok(wire::ListVmsResponse { vms })
+}
+
+pub(super) async fn create_vcpu(
+    shell: &Arc<Shell>,
+    request: wire::CreateVcpuRequest,
+) -> Result<wire::CreateVcpuResponse, Status> {
+    let entry = shell.live_vm(request.vm_id)?;
+    let span = info_span!("create_vcpu", vm = entry.id);
+    let (vcpu_id, counts) = shell.operate(&entry, span, Vm::create_vcpu).await?;
+    Ok(wire::CreateVcpuResponse {
+        vcpu_id,
+        counts: Some(counts_to_wire(&counts)),
+    })
+}
+
+pub(super) async fn finalize_vm(
+    shell: &Arc<Shell>,
+    request: wire::FinalizeVmRequest,
+) -> Result<wire::FinalizeVmResponse, Status> {
+    let entry = shell.live_vm(request.vm_id)?;
+    let span = info_span!("finalize_vm", vm = entry.id);
+    let (mrtd, counts) = shell.operate(&entry, span, Vm::finalize).await?;
+    Ok(wire::FinalizeVmResponse {
+        mrtd: hex(&mrtd),
+        counts: Some(counts_to_wire(&counts)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_beyond_a_limit_is_refused_by_its_field() {
+        for (request, field) in [
+            (
+                wire::CreateVmRequest {
+                    label: "x".repeat(65),
+                    ..Default::default()
+                },
+                "label",
+            ),
+            (
+                wire::CreateVmRequest {
+                    max_vcpus: 577,
+                    ..Default::default()
+                },
+                "max_vcpus",
+            ),
+            (
+                wire::CreateVmRequest {
+                    max_vcpus: u32::MAX,
+                    ..Default::default()
+                },
+                "max_vcpus",
+            ),
+            (
+                wire::CreateVmRequest {
+                    gpaw: 50,
+                    ..Default::default()
+                },
+                "gpaw",
+            ),
+            (
+                wire::CreateVmRequest {
+                    mode: 7,
+                    ..Default::default()
+                },
+                "mode",
+            ),
+        ] {
+            assert_eq!(vm_config(&request).unwrap_err().field, field);
+        }
+    }
+
+    #[test]
+    fn an_empty_request_gets_the_defaults_of_the_contract() {
+        let config = vm_config(&wire::CreateVmRequest::default()).unwrap();
+        assert_eq!(config.attributes, TdAttributes::SEPT_VE_DISABLE);
+        assert_eq!((config.xfam, config.max_vcpus), (3, 16));
+        let none = wire::CreateVmRequest {
+            attributes: Some(0),
+            ..Default::default()
+        };
+        assert_eq!(vm_config(&none).unwrap().attributes, TdAttributes::empty());
+    }
+}
