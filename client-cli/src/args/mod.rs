@@ -1,0 +1,198 @@
+//! The command line: commands, options and what they accept.
+//!
+//! Command names, and the keys of `--output json`, are an interface for scripts.
+
+mod memory;
+mod number;
+mod private;
+mod replay;
+mod seamcall;
+mod vm;
+
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use mirror_proto::mmu::Mode;
+
+pub use memory::{
+    ConvertArgs, FaultArgs, PrefaultArgs, PunchHoleArgs, SlotCommand, SlotDeleteArgs, SlotSetArgs,
+    Visibility,
+};
+pub use number::NumberError;
+pub use private::{AddressRange, PrivateError, PrivateMemory};
+pub use replay::{DemoArgs, Order, ReplayArgs};
+pub use seamcall::{Register, RegisterValue, SeamcallArgs, Stride};
+pub use vm::{InitRegionArgs, TreeArgs, TreeRoot, VcpuCommand, VmCommand, VmCreateArgs, WalkArgs};
+
+/// Drives and inspects the TDX mirror MMU.
+///
+/// Results go to stdout, everything else to stderr. Numbers may be decimal, 0x hexadecimal or
+/// sizes such as 4K, 2M and 1G. Exit status: 0 done, 1 the system answered no, 2 usage.
+#[derive(Debug, Parser)]
+#[command(name = "mmuctl", version = env!("MMUCTL_VERSION"), propagate_version = true)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub globals: Globals,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Globals {
+    /// The MMU service: http://host:port or unix:///path
+    #[arg(long, global = true, env = "MMUCTL_MMU", value_name = "URL", value_parser = url)]
+    pub mmu: Option<String>,
+    /// The TDX module: http://host:port or unix:///path
+    #[arg(long, global = true, env = "MMUCTL_MODULE", value_name = "URL", value_parser = url)]
+    pub module: Option<String>,
+    /// Start both services for this one command, on private sockets; goes before --mmu and
+    /// --module. The default of demo and replay when no URL is given
+    #[arg(long, global = true)]
+    pub local: bool,
+    /// How to print the result
+    #[arg(long, global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
+    pub output: Format,
+    /// How long to wait for an answer: seconds, or a number with ms, s or m. Default: 60 seconds,
+    /// 30 minutes for operations on ranges
+    #[arg(long, global = true, value_parser = number::duration, value_name = "TIME")]
+    pub timeout: Option<Duration>,
+}
+
+/// How a result is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Tables for people.
+    Table,
+    /// One JSON object.
+    Json,
+}
+
+/// How changes of the mirror reach the module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ModeArg {
+    /// One RPC for each SEAMCALL, in the kernel's order and number.
+    Kernel,
+    /// Chains and runs of calls: the fewest messages.
+    #[default]
+    Batched,
+}
+
+impl ModeArg {
+    /// The wire's word.
+    pub fn to_wire(self) -> Mode {
+        match self {
+            Self::Kernel => Mode::Kernel,
+            Self::Batched => Mode::Batched,
+        }
+    }
+
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Batched => "batched",
+        }
+    }
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The main job in a minute: build a measured TD, boot it from a recording, convert memory,
+    /// audit, and compare both modes
+    Demo(DemoArgs),
+    /// Create, list, show, build and destroy VMs
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Add vCPUs
+    #[command(subcommand)]
+    Vcpu(VcpuCommand),
+    /// Set and delete memory slots
+    #[command(subcommand)]
+    Slot(SlotCommand),
+    /// One guest access that no translation serves
+    Fault(FaultArgs),
+    /// Map a range before the guest touches it (KVM_PRE_FAULT_MEMORY)
+    Prefault(PrefaultArgs),
+    /// Make a range private or shared (KVM_SET_MEMORY_ATTRIBUTES)
+    Convert(ConvertArgs),
+    /// Give pages of a slot's guest_memfd back (FALLOC_FL_PUNCH_HOLE)
+    PunchHole(PunchHoleArgs),
+    /// Play a recording of kvm_page_fault events (ftrace, trace-cmd, perf script) as guest accesses
+    Replay(ReplayArgs),
+    /// The entries on the path to an address: the tree of KVM beside the module's
+    Walk(WalkArgs),
+    /// The page table trees of a VM
+    Tree(TreeArgs),
+    /// Compare mirror, private tree and PAMT entry by entry
+    Audit {
+        /// The VM
+        #[arg(long, value_name = "ID", value_parser = number::number)]
+        vm: u64,
+    },
+    /// Counters of a VM, or of the service
+    Stats {
+        /// The VM; default: the whole service
+        #[arg(long, value_name = "ID", value_parser = number::number)]
+        vm: Option<u64>,
+    },
+    /// One raw call of the TDX module
+    Seamcall(SeamcallArgs),
+    /// Completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// The manual page, as roff
+    Man,
+}
+
+impl Command {
+    /// Name of the command's span when it changes something, else `None`.
+    pub fn span_name(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Demo(_) => "demo",
+            Self::Vm(VmCommand::Create(_)) => "vm create",
+            Self::Vm(VmCommand::Destroy(_)) => "vm destroy",
+            Self::Vm(VmCommand::InitRegion(_)) => "vm init-region",
+            Self::Vm(VmCommand::Finalize(_)) => "vm finalize",
+            Self::Vcpu(_) => "vcpu add",
+            Self::Slot(SlotCommand::Set(_)) => "slot set",
+            Self::Slot(SlotCommand::Delete(_)) => "slot delete",
+            Self::Fault(_) => "fault",
+            Self::Prefault(_) => "prefault",
+            Self::Convert(_) => "convert",
+            Self::PunchHole(_) => "punch-hole",
+            Self::Replay(_) => "replay",
+            Self::Seamcall(_) => "seamcall",
+            Self::Vm(VmCommand::List | VmCommand::Show(_))
+            | Self::Walk(_)
+            | Self::Tree(_)
+            | Self::Audit { .. }
+            | Self::Stats { .. }
+            | Self::Completions { .. }
+            | Self::Man => return None,
+        })
+    }
+
+    /// Whether the command brings its own services along when no URL is given.
+    pub fn is_local_by_default(&self) -> bool {
+        matches!(self, Self::Demo(_) | Self::Replay(_))
+    }
+}
+
+/// A URL is checked here, so that a mistake in it is a usage error. An empty variable is unset.
+fn url(text: &str) -> Result<String, transport::AddressError> {
+    if text.is_empty() {
+        return Ok(String::new());
+    }
+    text.parse::<transport::Address>()
+        .map(|address| address.to_string())
+}
+
+#[cfg(test)]
+mod tests;

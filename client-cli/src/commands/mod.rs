@@ -1,0 +1,45 @@
+//! One file for each group of commands: ask the services, make an [`Answer`].
+
+mod demo;
+mod fault;
+mod generate;
+mod look;
+mod ranges;
+mod replay;
+mod seamcall;
+mod slot;
+mod vm;
+
+use crate::args::{Command, SlotCommand};
+use crate::error::Error;
+use crate::output::Answer;
+use crate::session::Session;
+
+pub(crate) use generate::{completions, manual};
+
+/// Runs a command against the services of a session.
+pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, Error> {
+    if let Command::Seamcall(args) = command {
+        return seamcall::run(session, args).await;
+    }
+    let client = &session.client().await?;
+    match command {
+        Command::Demo(_) => demo::run(client).await,
+        Command::Vm(command) => vm::run(client, command).await,
+        Command::Vcpu(command) => vm::run_vcpu(client, command).await,
+        Command::Slot(SlotCommand::Set(args)) => slot::set(client, args).await,
+        Command::Slot(SlotCommand::Delete(args)) => slot::delete(client, args).await,
+        Command::Fault(args) => fault::run(client, args).await,
+        Command::Prefault(args) => ranges::prefault(client, args).await,
+        Command::Convert(args) => ranges::convert(client, args).await,
+        Command::PunchHole(args) => ranges::punch_hole(client, args).await,
+        Command::Replay(args) => replay::run(client, args).await,
+        Command::Walk(args) => look::walk(client, args).await,
+        Command::Tree(args) => look::tree(client, args).await,
+        Command::Audit { vm } => look::audit(client, *vm).await,
+        Command::Stats { vm } => look::stats(client, *vm).await,
+        Command::Seamcall(args) => seamcall::run(session, args).await,
+        Command::Completions { shell } => Ok(Answer::bytes(completions(*shell))),
+        Command::Man => Ok(Answer::bytes(manual()?)),
+    }
+}

@@ -1,0 +1,7 @@
+//! The program `mmuctl`; see the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    client_cli::cli_main(std::env::args_os())
+}

@@ -1,0 +1,236 @@
+//! An MMU service for tests: it keeps what it was asked, in order, and answers by a script.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+
+use mirror_proto::mmu::mmu_service_server::{MmuService, MmuServiceServer};
+use mirror_proto::mmu::*;
+use tempfile::TempDir;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::client::{Client, Limits};
+use crate::stop::Stop;
+
+/// One thing the service was asked.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Asked {
+    Create,
+    Destroy(u64),
+    Faults { vcpu_id: u32, gpas: Vec<u64> },
+    Unmap(u64, u64),
+    Hole(u32, u64, u64),
+}
+
+/// Answers one fault: its outcome and how often it was asked before.
+pub(super) type Script = fn(gpa: u64, before: usize) -> Scripted;
+
+/// What the service says to a fault.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Scripted {
+    Fixed,
+    Spurious,
+    Other(RetPf),
+    Errno(i32),
+    /// Counted and not listed.
+    Unlisted,
+    /// The stream ends with an error.
+    Fail,
+}
+
+/// The service, listening until dropped.
+pub(super) struct Fake {
+    pub(super) client: Client,
+    asked: Arc<Mutex<Vec<Asked>>>,
+    _directory: TempDir,
+}
+
+impl Fake {
+    pub(super) async fn start(script: Script) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("fake.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let service = Service {
+            script,
+            asked: asked.clone(),
+            times: Arc::default(),
+        };
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_service(MmuServiceServer::new(service))
+                .serve_with_incoming(UnixListenerStream::new(listener)),
+        );
+        let url = format!("unix://{}", path.display());
+        let client = Client::connect(&url, None, Limits::new(None), Stop::never())
+            .await
+            .unwrap();
+        Self {
+            client,
+            asked,
+            _directory: directory,
+        }
+    }
+
+    pub(super) fn asked(&self) -> Vec<Asked> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+#[derive(Clone)]
+struct Service {
+    script: Script,
+    asked: Arc<Mutex<Vec<Asked>>>,
+    times: Arc<Mutex<HashMap<u64, usize>>>,
+}
+
+impl Service {
+    fn note(&self, asked: Asked) {
+        self.asked.lock().unwrap().push(asked);
+    }
+
+    fn faults(&self, message: HandleFaultsRequest) -> Result<HandleFaultsResponse, Status> {
+        let mut answer = HandleFaultsResponse {
+            tag: message.tag,
+            ..Default::default()
+        };
+        let gpas: Vec<u64> = message.faults.iter().map(|fault| fault.gpa).collect();
+        for (index, gpa) in (0..).zip(&gpas) {
+            let other = |ret_pf: RetPf, errno| FaultOutcome {
+                index,
+                ret_pf: ret_pf.into(),
+                errno,
+                reason: format!("because of {gpa:#x}"),
+            };
+            match (self.script)(*gpa, self.before(*gpa)) {
+                Scripted::Fixed => answer.fixed += 1,
+                Scripted::Spurious => answer.spurious += 1,
+                Scripted::Other(ret_pf) => answer.others.push(other(ret_pf, 0)),
+                Scripted::Errno(errno) => {
+                    answer.others.push(other(RetPf::Unspecified, errno));
+                }
+                Scripted::Unlisted => answer.others_count += 1,
+                Scripted::Fail => return Err(Status::failed_precondition("the VM is bugged")),
+            }
+        }
+        answer.others_count += u32::try_from(answer.others.len()).unwrap();
+        answer.counts = Some(Counts {
+            rpcs: 1,
+            ..Default::default()
+        });
+        self.note(Asked::Faults {
+            vcpu_id: message.vcpu_id,
+            gpas,
+        });
+        Ok(answer)
+    }
+
+    /// How often a fault was asked, and counts it.
+    fn before(&self, gpa: u64) -> usize {
+        let mut times = self.times.lock().unwrap();
+        let times = times.entry(gpa).or_default();
+        *times += 1;
+        *times - 1
+    }
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Methods that no test needs.
+macro_rules! unimplemented_methods {
+    ($($method:ident: $request:ty => $response:ty;)*) => {
+        $(
+            fn $method<'life, 'future>(
+                &'life self,
+                _: Request<$request>,
+            ) -> Pin<Box<dyn Future<Output = Result<Response<$response>, Status>> + Send + 'future>>
+            where
+                'life: 'future,
+                Self: 'future,
+            {
+                Box::pin(async { Err(Status::unimplemented("not in this test")) })
+            }
+        )*
+    };
+}
+
+#[tonic::async_trait]
+impl MmuService for Service {
+    type HandleFaultsStream = Answers<HandleFaultsResponse>;
+    type PreFaultMemoryStream = Answers<PreFaultMemoryResponse>;
+    type DumpTreeStream = Answers<DumpTreeResponse>;
+    type AuditStream = Answers<AuditResponse>;
+
+    async fn create_vm(
+        &self,
+        _: Request<CreateVmRequest>,
+    ) -> Result<Response<CreateVmResponse>, Status> {
+        self.note(Asked::Create);
+        Ok(Response::new(CreateVmResponse {
+            vm_id: 7,
+            ..Default::default()
+        }))
+    }
+
+    async fn destroy_vm(
+        &self,
+        request: Request<DestroyVmRequest>,
+    ) -> Result<Response<DestroyVmResponse>, Status> {
+        self.note(Asked::Destroy(request.get_ref().vm_id));
+        Ok(Response::new(Default::default()))
+    }
+
+    async fn handle_faults(
+        &self,
+        request: Request<Streaming<HandleFaultsRequest>>,
+    ) -> Result<Response<Self::HandleFaultsStream>, Status> {
+        let mut messages = request.into_inner();
+        let service = self.clone();
+        let (send, answers) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(async move {
+            while let Some(Ok(message)) = messages.next().await {
+                let answer = service.faults(message);
+                let failed = answer.is_err();
+                if send.send(answer).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    async fn punch_hole(
+        &self,
+        request: Request<PunchHoleRequest>,
+    ) -> Result<Response<PunchHoleResponse>, Status> {
+        let hole = request.get_ref();
+        self.note(Asked::Hole(hole.slot_id, hole.offset, hole.size));
+        Ok(Response::new(Default::default()))
+    }
+
+    async fn unmap_hva(
+        &self,
+        request: Request<UnmapHvaRequest>,
+    ) -> Result<Response<UnmapHvaResponse>, Status> {
+        self.note(Asked::Unmap(request.get_ref().start, request.get_ref().end));
+        Ok(Response::new(Default::default()))
+    }
+
+    unimplemented_methods! {
+        list_vms: ListVmsRequest => ListVmsResponse;
+        create_vcpu: CreateVcpuRequest => CreateVcpuResponse;
+        set_user_memory_region: SetUserMemoryRegionRequest => SetUserMemoryRegionResponse;
+        set_memory_attributes: SetMemoryAttributesRequest => SetMemoryAttributesResponse;
+        init_mem_region: InitMemRegionRequest => InitMemRegionResponse;
+        finalize_vm: FinalizeVmRequest => FinalizeVmResponse;
+        handle_fault: HandleFaultRequest => HandleFaultResponse;
+        pre_fault_memory: PreFaultMemoryRequest => Self::PreFaultMemoryStream;
+        get_walk: GetWalkRequest => GetWalkResponse;
+        dump_tree: DumpTreeRequest => Self::DumpTreeStream;
+        audit: AuditRequest => Self::AuditStream;
+        get_stats: GetStatsRequest => GetStatsResponse;
+    }
+}

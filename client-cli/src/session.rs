@@ -1,0 +1,85 @@
+//! The services that a command talks to: those at the given URLs, or its own.
+
+use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
+use telemetry::propagate::TracedChannel;
+
+use crate::args::{Command, Globals};
+use crate::client::{Client, Limits, connect_module};
+use crate::error::Error;
+use crate::local::{Local, LocalError};
+use crate::stop::Stop;
+
+/// Where to find the services, for one command.
+#[derive(Debug)]
+pub struct Session {
+    /// How long to wait.
+    pub limits: Limits,
+    /// Signals.
+    pub stop: Stop,
+    mmu: Option<String>,
+    module: Option<String>,
+    local: Option<Local>,
+}
+
+impl Session {
+    /// Starts the services when the command is to have its own.
+    pub async fn open(globals: &Globals, command: &Command, stop: Stop) -> Result<Self, Error> {
+        let given = |url: &Option<String>| url.clone().filter(|url| !url.is_empty());
+        let limits = Limits::new(globals.timeout);
+        let (mmu, module) = (given(&globals.mmu), given(&globals.module));
+        let nothing_given = mmu.is_none() && module.is_none();
+        if !(globals.local || command.is_local_by_default() && nothing_given) {
+            return Ok(Self {
+                limits,
+                stop,
+                mmu,
+                module,
+                local: None,
+            });
+        }
+        let local = Local::start(&stop).await.map_err(|error| match error {
+            LocalError::Interrupted => Error::Interrupted,
+            error => Error::Local(error),
+        })?;
+        Ok(Self {
+            mmu: Some(local.mmu_url().to_owned()),
+            module: Some(local.module_url().to_owned()),
+            limits,
+            stop,
+            local: Some(local),
+        })
+    }
+
+    /// Connects to the MMU service, and to the module if its URL is known.
+    pub async fn client(&self) -> Result<Client, Error> {
+        let mmu = self.mmu.as_deref().unwrap_or(mmu_service::DEFAULT_LISTEN);
+        Client::connect(mmu, self.module.as_deref(), self.limits, self.stop.clone()).await
+    }
+
+    /// Connects to the module.
+    pub async fn module(&self) -> Result<TdxModuleServiceClient<TracedChannel>, Error> {
+        let module = self
+            .module
+            .as_deref()
+            .unwrap_or(mmu_service::DEFAULT_MODULE);
+        connect_module(module, self.limits, &self.stop).await
+    }
+
+    /// Stops what was started. `result` gets a better cause when a service of ours ended under it.
+    pub async fn close<T>(self, result: Result<T, Error>) -> Result<T, Error> {
+        let Some(mut local) = self.local else {
+            return result;
+        };
+        let result = match result {
+            Err(Error::Refused { .. } | Error::Truncated { .. } | Error::Connect { .. }) => {
+                match local.obituary().await {
+                    Some(ended) => Err(Error::Local(ended)),
+                    None => result,
+                }
+            }
+            result => result,
+        };
+        local.stop().await;
+        result
+    }
+}

@@ -1,0 +1,7 @@
+//! `mmuctl` as a process, with real services behind it.
+
+mod commands;
+mod common;
+mod leftovers;
+mod replay;
+mod trace;

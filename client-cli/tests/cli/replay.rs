@@ -1,0 +1,216 @@
+//! Whole replays through both services, with the counts that the recordings must give.
+
+use crate::common::{data, run};
+use serde_json::Value;
+
+struct Case {
+    file: &'static str,
+    options: &'static [&'static str],
+    events: u64,
+    fixed: u64,
+    spurious: u64,
+    augs: u64,
+    adds: u64,
+    vcpus: u64,
+}
+
+const CASES: &[Case] = &[
+    Case {
+        file: "boot-small.trace",
+        options: &["--mode", "kernel"],
+        events: 5_000,
+        fixed: 5_000,
+        spurious: 0,
+        augs: 5_000,
+        adds: 17,
+        vcpus: 1,
+    },
+    Case {
+        file: "boot-small.trace",
+        options: &[],
+        events: 5_000,
+        fixed: 5_000,
+        spurious: 0,
+        augs: 5_000,
+        adds: 17,
+        vcpus: 1,
+    },
+    Case {
+        file: "boot-1g-2vcpu.trace.zst",
+        options: &["--mode", "batched"],
+        events: 180_129,
+        fixed: 180_111,
+        spurious: 18,
+        augs: 180_111,
+        adds: 357,
+        vcpus: 2,
+    },
+    Case {
+        file: "boot-1g-2vcpu-noinit.trace.zst",
+        options: &[],
+        events: 182_342,
+        fixed: 182_235,
+        spurious: 107,
+        augs: 182_235,
+        adds: 362,
+        vcpus: 2,
+    },
+    Case {
+        file: "boot-1g-2vcpu.touch.zst",
+        options: &["--order", "per-vcpu"],
+        events: 279_540,
+        fixed: 180_111,
+        spurious: 99_429,
+        augs: 180_111,
+        adds: 357,
+        vcpus: 2,
+    },
+];
+
+fn sum(seamcalls: &Value) -> u64 {
+    seamcalls
+        .as_object()
+        .unwrap()
+        .values()
+        .map(|count| count.as_u64().unwrap())
+        .sum()
+}
+
+#[test]
+fn recordings_give_their_exact_counts_in_both_modes() {
+    for case in CASES {
+        let file = data(case.file);
+        let mut args = vec!["replay", file.to_str().unwrap(), "--output", "json"];
+        args.extend(case.options);
+        let run = run(&args);
+        assert_eq!(run.code, Some(0), "{args:?}: {}", run.stderr);
+        let report = run.json();
+        let name = format!("{} {:?}: {report}", case.file, case.options);
+        assert_eq!(report["events"], case.events, "{name}");
+        assert_eq!(report["faults"], case.events, "{name}");
+        assert_eq!(report["ret_pf"]["FIXED"], case.fixed, "{name}");
+        assert_eq!(report["ret_pf"]["SPURIOUS"], case.spurious, "{name}");
+        assert_eq!(report["seamcalls"]["TDH.MEM.PAGE.AUG"], case.augs, "{name}");
+        assert_eq!(report["seamcalls"]["TDH.MEM.SEPT.ADD"], case.adds, "{name}");
+        assert_eq!(report["pages_mapped"], case.augs, "{name}");
+        assert_eq!(report["mirror_hits"], case.spurious, "{name}");
+        assert_eq!(report["vcpus"], case.vcpus, "{name}");
+        assert_eq!(report["audit"]["mismatches"], 0, "{name}");
+        assert!(
+            report["audit"]["entries"].as_u64().unwrap() >= case.augs,
+            "{name}"
+        );
+        assert_eq!(report["after_destroy"]["hkids_in_use"], 0, "{name}");
+        assert_eq!(report["after_destroy"]["pages_in_use"], 0, "{name}");
+        assert_eq!(report["hva_base_source"], "none", "{name}");
+        for none in ["unreadable", "lost", "unmaps", "out_of_range", "unlisted"] {
+            assert_eq!(report[none], 0, "{none} {name}");
+        }
+        let (calls, rpcs) = (sum(&report["seamcalls"]), report["rpcs"].as_u64().unwrap());
+        if report["mode"] == "kernel" {
+            assert_eq!(rpcs, calls, "{name}");
+        } else {
+            assert!(rpcs <= case.fixed, "{name}");
+        }
+    }
+}
+
+#[test]
+fn shared_replays_make_no_call_to_the_module() {
+    let file = data("boot-small.trace");
+    let run = run([
+        "replay",
+        file.to_str().unwrap(),
+        "--private",
+        "none",
+        "--output",
+        "json",
+    ]);
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    let report = run.json();
+    assert_eq!(report["faults"], 5_000, "{report}");
+    assert_eq!(sum(&report["seamcalls"]), 0, "{report}");
+    assert_eq!(report["audit"]["mismatches"], 0, "{report}");
+}
+
+#[test]
+fn memory_outside_the_private_ranges_is_shared() {
+    let file = data("boot-small.trace");
+    // 494 touches are in the firmware ROM.
+    let args = [
+        "replay",
+        file.to_str().unwrap(),
+        "--private",
+        "ffe00000-100000000",
+    ];
+    let run = run(args.iter().chain(&["--output", "json"]));
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    let report = run.json();
+    assert_eq!(report["seamcalls"]["TDH.MEM.PAGE.AUG"], 494, "{report}");
+    assert_eq!(report["errors"], serde_json::json!({}), "{report}");
+}
+
+#[test]
+fn unmaps_of_a_recording_zap_and_the_pages_fault_again() {
+    let file = data("notifier4k.trace");
+    for (private, unmapped) in [("all", true), ("none", false)] {
+        let args = [
+            "replay",
+            file.to_str().unwrap(),
+            "--private",
+            private,
+            "--output",
+            "json",
+        ];
+        let run = run(args);
+        assert_eq!(run.code, Some(0), "{}", run.stderr);
+        let report = run.json();
+        assert_eq!(report["events"], 41, "{report}");
+        assert_eq!(report["hva_base"], "0x7fa1be000000", "{report}");
+        assert_eq!(report["hva_base_source"], "inferred", "{report}");
+        assert_eq!(
+            (&report["unmaps"], &report["unmap_outside"]),
+            (&14.into(), &1.into())
+        );
+        assert!(report["pages_zapped"].as_u64().unwrap() > 0, "{report}");
+        let removed = report["seamcalls"]["TDH.MEM.PAGE.REMOVE"]
+            .as_u64()
+            .unwrap_or(0);
+        assert_eq!(removed > 0, unmapped, "{report}");
+        assert_eq!(report["audit"]["mismatches"], 0, "{report}");
+    }
+}
+
+#[test]
+fn the_demo_measures_its_image_and_compares_both_modes() {
+    let run = run(["demo", "--output", "json"]);
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    let demo = run.json();
+    let expected: Value =
+        serde_json::from_str(&std::fs::read_to_string(data("tiny.json")).unwrap()).unwrap();
+    assert_eq!(
+        demo["mrtd"], expected["images"]["tiny.fd"]["mrtd_per_page"],
+        "{demo}"
+    );
+    for mode in ["kernel", "batched"] {
+        let part = &demo[mode];
+        assert_eq!(part["mode"], mode);
+        assert_eq!(part["mrtd"], demo["mrtd"], "{mode}");
+        assert_eq!(part["faults"], 5_000, "{mode}");
+        assert_eq!(part["audit"]["mismatches"], 0, "{mode}");
+        assert_eq!(part["convert"]["to_shared"]["pages_zapped"], 512, "{mode}");
+        assert_eq!(
+            part["convert"]["touched_again"]["ret_pf"]["FIXED"], 512,
+            "{mode}"
+        );
+        assert_eq!(part["after_destroy"]["pages_in_use"], 0, "{mode}");
+    }
+    for count in ["ret_pf", "pages_mapped", "seamcalls"] {
+        assert_eq!(demo["kernel"][count], demo["batched"][count], "{count}");
+    }
+    assert!(demo["batched"]["rpcs"].as_u64() < demo["kernel"]["rpcs"].as_u64());
+    assert!(
+        demo["trace_id"].as_str().is_some_and(|id| id.len() == 32),
+        "{demo}"
+    );
+}
