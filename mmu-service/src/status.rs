@@ -111,6 +111,10 @@ pub(crate) fn of_vm(error: &VmError) -> Status {
         .errno(error.errno())
         .field(error.field())
         .retry(retry);
+    if let Some(status) = error.hw_error() {
+        let hex = format!("{:#x}", status.0);
+        refusal.metadata.insert("hw_error".into(), hex);
+    }
     if let Some(record) = error.memory_fault() {
         for (name, value) in [
             ("gpa", record.gpa),
@@ -337,6 +341,19 @@ mod tests {
             assert_eq!(named.as_deref(), field, "{error}");
             assert_eq!(details.retry_info().is_some(), retry, "{error}");
         }
+    }
+
+    #[test]
+    fn a_refusal_of_the_module_carries_its_status() {
+        let status = of_vm(&VmError::Refused {
+            leaf: Leaf::MNG_INIT,
+            status: CompletionStatus(0xC000_0100_0000_0046),
+        });
+        assert_eq!(status.code(), Code::InvalidArgument);
+        let details = status.get_error_details();
+        let metadata = &details.error_info().unwrap().metadata;
+        let hw_error = metadata.get("hw_error").map(String::as_str);
+        assert_eq!(hw_error, Some("0xc000010000000046"));
     }
 
     #[test]

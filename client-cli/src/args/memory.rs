@@ -75,6 +75,9 @@ pub struct FaultArgs {
     /// An instruction fetch
     #[arg(long)]
     pub exec: bool,
+    /// The exit says that the guest has not accepted the page; such a guest ends
+    #[arg(long)]
+    pub pending: bool,
 }
 
 /// `mmuctl prefault`.

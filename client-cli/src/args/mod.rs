@@ -157,10 +157,12 @@ impl Command {
         Some(match self {
             Self::Demo(_) => "demo",
             Self::Vm(VmCommand::Create(_)) => "vm create",
+            Self::Vm(VmCommand::Init(_)) => "vm init",
             Self::Vm(VmCommand::Destroy(_)) => "vm destroy",
             Self::Vm(VmCommand::InitRegion(_)) => "vm init-region",
             Self::Vm(VmCommand::Finalize(_)) => "vm finalize",
-            Self::Vcpu(_) => "vcpu add",
+            Self::Vcpu(VcpuCommand::Add { .. }) => "vcpu add",
+            Self::Vcpu(VcpuCommand::Init { .. }) => "vcpu init",
             Self::Slot(SlotCommand::Set(_)) => "slot set",
             Self::Slot(SlotCommand::Delete(_)) => "slot delete",
             Self::Fault(_) => "fault",

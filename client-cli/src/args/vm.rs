@@ -13,6 +13,8 @@ use super::number::{number, number32};
 pub enum VmCommand {
     /// Create a TD and initialise it (KVM_CREATE_VM, KVM_TDX_INIT_VM)
     Create(VmCreateArgs),
+    /// Make a VM that was only created a TD (KVM_TDX_INIT_VM)
+    Init(VmArg),
     /// List the VMs
     List,
     /// Show one VM
@@ -51,6 +53,9 @@ pub struct VmCreateArgs {
         hide_default_value = true
     )]
     pub label: String,
+    /// Create the VM only; `vm init` makes it a TD
+    #[arg(long)]
+    pub create_only: bool,
 }
 
 /// A VM, by position or by `--vm`.
@@ -107,6 +112,18 @@ pub enum VcpuCommand {
         /// How many
         #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=576))]
         count: u32,
+        /// Create them only; `vcpu init` makes them known to the module
+        #[arg(long)]
+        create_only: bool,
+    },
+    /// Make a vCPU that was only created known to the module (KVM_TDX_INIT_VCPU)
+    Init {
+        /// The VM
+        #[arg(long, value_name = "ID", value_parser = number)]
+        vm: u64,
+        /// The vCPU
+        #[arg(long, value_name = "N", default_value = "0", value_parser = number32)]
+        vcpu: u32,
     },
 }
 

@@ -15,6 +15,8 @@ use crate::tally::Tally;
 const READ: u64 = 1;
 const WRITE: u64 = 2;
 const FETCH: u64 = 4;
+/// Type of the extended exit qualification: a page that the guest has not accepted.
+const PENDING: u64 = 6;
 
 /// `mmuctl fault`.
 pub(super) async fn run(client: &Client, args: &FaultArgs) -> Result<Answer, Error> {
@@ -24,6 +26,7 @@ pub(super) async fn run(client: &Client, args: &FaultArgs) -> Result<Answer, Err
         fault: Some(Fault {
             gpa: args.gpa,
             qualification: qualification(args),
+            extended_qualification: if args.pending { PENDING } else { 0 },
         }),
     };
     let answer = client
@@ -129,6 +132,7 @@ mod tests {
                 gpa: 0,
                 write,
                 exec,
+                pending: false,
             };
             assert_eq!(qualification(&args), want);
         }

@@ -2,7 +2,7 @@
 
 use mirror_proto::mmu::{
     CreateVcpuRequest, CreateVmRequest, DestroyVmRequest, FinalizeVmRequest, InitMemRegionRequest,
-    ListVmsRequest, VmInfo,
+    InitVcpuRequest, InitVmRequest, ListVmsRequest, VmInfo,
 };
 use serde_json::{Value, json};
 use tdx_defs::PAGE_SIZE;
@@ -17,6 +17,7 @@ use crate::tally::Tally;
 pub(super) async fn run(client: &Client, command: &VmCommand) -> Result<Answer, Error> {
     match command {
         VmCommand::Create(args) => create(client, args).await,
+        VmCommand::Init(vm) => init(client, vm.vm_id()).await,
         VmCommand::List => list(client).await,
         VmCommand::Show(vm) => show(client, vm.vm_id()).await,
         VmCommand::Destroy(vm) => destroy(client, vm.vm_id()).await,
@@ -33,6 +34,7 @@ async fn create(client: &Client, args: &VmCreateArgs) -> Result<Answer, Error> {
         xfam: args.xfam,
         max_vcpus: args.max_vcpus,
         label: args.label.clone(),
+        create_only: args.create_only,
     };
     let vm = client
         .short("CreateVm", message, async |mut mmu, request| {
@@ -50,6 +52,21 @@ async fn create(client: &Client, args: &VmCreateArgs) -> Result<Answer, Error> {
     Ok(Answer::new(
         json,
         format!("vm {} (key id {}, TDR {:#x})", vm.vm_id, vm.hkid, vm.tdr),
+    ))
+}
+
+async fn init(client: &Client, vm_id: u64) -> Result<Answer, Error> {
+    let message = InitVmRequest { vm_id, hw_error: 0 };
+    let td = client
+        .short("InitVm", message, async |mut mmu, request| {
+            mmu.init_vm(request).await
+        })
+        .await?;
+    let mut json = json!({ "vm_id": vm_id, "hkid": td.hkid, "tdr": hex(td.tdr) });
+    merge(&mut json, Tally::of(td.counts.as_ref()).to_json());
+    Ok(Answer::new(
+        json,
+        format!("vm {vm_id} (key id {}, TDR {:#x})", td.hkid, td.tdr),
     ))
 }
 
@@ -173,7 +190,7 @@ async fn init_region(client: &Client, args: &InitRegionArgs) -> Result<Answer, E
         size,
         data,
         measure: args.measure,
-        extend_only: false,
+        ..Default::default()
     };
     let answer = client
         .long("InitMemRegion", message, async |mut mmu, request| {
@@ -190,7 +207,7 @@ async fn finalize(client: &Client, vm_id: u64) -> Result<Answer, Error> {
     let answer = client
         .long(
             "FinalizeVm",
-            FinalizeVmRequest { vm_id },
+            FinalizeVmRequest { vm_id, hw_error: 0 },
             async |mut mmu, request| mmu.finalize_vm(request).await,
         )
         .await?;
@@ -199,16 +216,51 @@ async fn finalize(client: &Client, vm_id: u64) -> Result<Answer, Error> {
     Ok(Answer::new(json, format!("MRTD {}", answer.mrtd)))
 }
 
-/// `mmuctl vcpu add`.
+/// `mmuctl vcpu …`.
 pub(super) async fn run_vcpu(client: &Client, command: &VcpuCommand) -> Result<Answer, Error> {
-    let VcpuCommand::Add { vm, count } = *command;
+    match *command {
+        VcpuCommand::Add {
+            vm,
+            count,
+            create_only,
+        } => add_vcpus(client, vm, count, create_only).await,
+        VcpuCommand::Init { vm, vcpu } => init_vcpu(client, vm, vcpu).await,
+    }
+}
+
+async fn init_vcpu(client: &Client, vm_id: u64, vcpu_id: u32) -> Result<Answer, Error> {
+    let message = InitVcpuRequest {
+        vm_id,
+        vcpu_id,
+        hw_error: 0,
+    };
+    let answer = client
+        .short("InitVcpu", message, async |mut mmu, request| {
+            mmu.init_vcpu(request).await
+        })
+        .await?;
+    let tally = Tally::of(answer.counts.as_ref());
+    let mut json = json!({ "vm_id": vm_id, "vcpu_id": vcpu_id });
+    merge(&mut json, tally.to_json());
+    Ok(Answer::new(json, pairs(tally.rows())))
+}
+
+async fn add_vcpus(
+    client: &Client,
+    vm: u64,
+    count: u32,
+    create_only: bool,
+) -> Result<Answer, Error> {
     let mut tally = Tally::default();
     let mut ids = Vec::new();
     for _ in 0..count {
         let answer = client
             .short(
                 "CreateVcpu",
-                CreateVcpuRequest { vm_id: vm },
+                CreateVcpuRequest {
+                    vm_id: vm,
+                    create_only,
+                },
                 async |mut mmu, request| mmu.create_vcpu(request).await,
             )
             .await?;

@@ -221,6 +221,8 @@ impl MmuService for Service {
 
     unimplemented_methods! {
         list_vms: ListVmsRequest => ListVmsResponse;
+        init_vm: InitVmRequest => InitVmResponse;
+        init_vcpu: InitVcpuRequest => InitVcpuResponse;
         create_vcpu: CreateVcpuRequest => CreateVcpuResponse;
         set_user_memory_region: SetUserMemoryRegionRequest => SetUserMemoryRegionResponse;
         set_memory_attributes: SetMemoryAttributesRequest => SetMemoryAttributesResponse;

@@ -240,6 +240,7 @@ impl<'a> Lane<'a> {
         let fault = |fault: &PlannedFault| Fault {
             gpa: fault.gpa,
             qualification: fault.qualification,
+            ..Fault::default()
         };
         self.post(Sent {
             tag: 0,

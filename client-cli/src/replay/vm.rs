@@ -72,7 +72,10 @@ impl TdVm {
         let mut built = Tally::default();
         let mut vcpu_ids = Vec::with_capacity(plan.vcpus.len());
         for _ in &plan.vcpus {
-            let message = CreateVcpuRequest { vm_id };
+            let message = CreateVcpuRequest {
+                vm_id,
+                create_only: false,
+            };
             let answer = client
                 .short("CreateVcpu", message, async |mut mmu, request| {
                     mmu.create_vcpu(request).await
@@ -119,7 +122,7 @@ impl TdVm {
             let vcpu_id = vcpu_ids.first().copied().unwrap_or(0);
             add_image(client, vm_id, vcpu_id, image, &mut built).await?;
         }
-        let message = FinalizeVmRequest { vm_id };
+        let message = FinalizeVmRequest { vm_id, hw_error: 0 };
         let answer = client
             .long("FinalizeVm", message, async |mut mmu, request| {
                 mmu.finalize_vm(request).await
@@ -150,7 +153,7 @@ async fn add_image(
             size: section.memory.size(),
             data: image.contents(section).to_vec(),
             measure: section.is_measured(),
-            extend_only: false,
+            ..InitMemRegionRequest::default()
         };
         let answer = client
             .long("InitMemRegion", message, async |mut mmu, request| {

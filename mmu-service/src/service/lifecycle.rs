@@ -9,7 +9,9 @@ use tdx_defs::{GpaLayout, TdAttributes};
 use tonic::Status;
 use tracing::info_span;
 
-use crate::convert::{counts_to_wire, gpaw_from_wire, hex, mode_from_wire, vm_info_to_wire};
+use crate::convert::{
+    counts_to_wire, gpaw_from_wire, hex, mode_from_wire, no_hw_error, vm_info_to_wire,
+};
 use crate::registry::VmEntry;
 use crate::shell::Shell;
 use crate::status;
@@ -30,10 +32,11 @@ pub(super) async fn create_vm(
     request: wire::CreateVmRequest,
 ) -> Result<wire::CreateVmResponse, Status> {
     let config = vm_config(&request).map_err(status::of_field)?;
-    let (entry, counts) = match build_vm(shell, &config, &request.label).await? {
+    let init = !request.create_only;
+    let (entry, counts) = match build_vm(shell, &config, init, &request.label).await? {
         Built::Vm(entry, counts) => (entry, counts),
         // The module restarted meanwhile, and nothing was lost but this attempt.
-        Built::OnOldRun(_) => match build_vm(shell, &config, &request.label).await? {
+        Built::OnOldRun(_) => match build_vm(shell, &config, init, &request.label).await? {
             Built::Vm(entry, counts) => (entry, counts),
             Built::OnOldRun(refusal) => return Err(refusal),
         },
@@ -59,7 +62,12 @@ enum Built {
     OnOldRun(Status),
 }
 
-async fn build_vm(shell: &Arc<Shell>, config: &VmConfig, label: &str) -> Result<Built, Status> {
+async fn build_vm(
+    shell: &Arc<Shell>,
+    config: &VmConfig,
+    init: bool,
+    label: &str,
+) -> Result<Built, Status> {
     let place = shell.vms.reserve()?;
     let attachment = shell
         .link
@@ -71,9 +79,14 @@ async fn build_vm(shell: &Arc<Shell>, config: &VmConfig, label: &str) -> Result<
     let span = info_span!("create_vm", vm = tracing::field::Empty, label);
     let work = move || {
         let port = shell_there.link.port(&attachment);
-        let built = Vm::create(Arc::clone(attachment.host()), port, config);
+        let vm = Vm::new(Arc::clone(attachment.host()), port, config);
+        let built = if init {
+            vm.init()
+        } else {
+            Ok(Counts::default())
+        };
         match built {
-            Ok((vm, counts)) => {
+            Ok(counts) => {
                 // Entered here and not by the caller: a VM whose caller hung up is still listed.
                 let entry = shell_there.vms.insert(place, label, vm, layout, attachment);
                 tracing::Span::current().record("vm", entry.id);
@@ -113,6 +126,22 @@ fn vm_config(request: &wire::CreateVmRequest) -> Result<VmConfig, InvalidField> 
             request.xfam
         },
         max_vcpus,
+    })
+}
+
+pub(super) async fn init_vm(
+    shell: &Arc<Shell>,
+    request: wire::InitVmRequest,
+) -> Result<wire::InitVmResponse, Status> {
+    no_hw_error(request.hw_error).map_err(status::of_field)?;
+    let entry = shell.live_vm(request.vm_id)?;
+    let span = info_span!("init_vm", vm = entry.id);
+    let counts = shell.operate(&entry, span, Vm::init).await?;
+    let info = entry.vm.info();
+    Ok(wire::InitVmResponse {
+        hkid: info.hkid.unwrap_or(0),
+        tdr: info.tdr.get(),
+        counts: Some(counts_to_wire(&counts)),
     })
 }
 
@@ -174,9 +203,30 @@ pub(super) async fn create_vcpu(
 ) -> Result<wire::CreateVcpuResponse, Status> {
     let entry = shell.live_vm(request.vm_id)?;
     let span = info_span!("create_vcpu", vm = entry.id);
-    let (vcpu_id, counts) = shell.operate(&entry, span, Vm::create_vcpu).await?;
+    let create = |vm: &Vm| vm.create_vcpu().map(|id| (id, Counts::default()));
+    let (vcpu_id, counts) = if request.create_only {
+        shell.operate(&entry, span, create).await?
+    } else {
+        shell.operate(&entry, span, Vm::add_vcpu).await?
+    };
     Ok(wire::CreateVcpuResponse {
         vcpu_id,
+        counts: Some(counts_to_wire(&counts)),
+    })
+}
+
+pub(super) async fn init_vcpu(
+    shell: &Arc<Shell>,
+    request: wire::InitVcpuRequest,
+) -> Result<wire::InitVcpuResponse, Status> {
+    no_hw_error(request.hw_error).map_err(status::of_field)?;
+    let entry = shell.live_vm(request.vm_id)?;
+    let vcpu = request.vcpu_id;
+    let span = info_span!("init_vcpu", vm = entry.id, vcpu);
+    let counts = shell
+        .operate(&entry, span, move |vm| vm.init_vcpu(vcpu))
+        .await?;
+    Ok(wire::InitVcpuResponse {
         counts: Some(counts_to_wire(&counts)),
     })
 }
@@ -185,6 +235,7 @@ pub(super) async fn finalize_vm(
     shell: &Arc<Shell>,
     request: wire::FinalizeVmRequest,
 ) -> Result<wire::FinalizeVmResponse, Status> {
+    no_hw_error(request.hw_error).map_err(status::of_field)?;
     let entry = shell.live_vm(request.vm_id)?;
     let span = info_span!("finalize_vm", vm = entry.id);
     let (mrtd, counts) = shell.operate(&entry, span, Vm::finalize).await?;

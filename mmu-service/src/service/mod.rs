@@ -79,9 +79,11 @@ macro_rules! mmu_service {
 
 mmu_service! {
     create_vm: CreateVmRequest => CreateVmResponse, lifecycle;
+    init_vm: InitVmRequest => InitVmResponse, lifecycle;
     destroy_vm: DestroyVmRequest => DestroyVmResponse, lifecycle;
     list_vms: ListVmsRequest => ListVmsResponse, lifecycle;
     create_vcpu: CreateVcpuRequest => CreateVcpuResponse, lifecycle;
+    init_vcpu: InitVcpuRequest => InitVcpuResponse, lifecycle;
     finalize_vm: FinalizeVmRequest => FinalizeVmResponse, lifecycle;
     set_user_memory_region: SetUserMemoryRegionRequest => SetUserMemoryRegionResponse, memory;
     set_memory_attributes: SetMemoryAttributesRequest => SetMemoryAttributesResponse, memory;

@@ -65,6 +65,8 @@ pub enum Check {
     Seamcall,
     /// A call whose outcome could not be settled.
     Unsettled,
+    /// The guest touched a page that it has not accepted: kvm_vm_dead, without a warning.
+    PendingAccess,
 }
 
 /// What went wrong in a VM so far.
@@ -92,8 +94,8 @@ impl Bugs {
     }
 
     /// kvm_vm_dead: no WARN, but no further ioctl either.
-    pub(crate) fn kill(&self, why: impl FnOnce() -> String) {
-        self.warn(Check::Unsettled, why);
+    pub(crate) fn kill(&self, check: Check, why: impl FnOnce() -> String) {
+        self.warn(check, why);
         self.dead.store(true, Ordering::SeqCst);
     }
 

@@ -70,6 +70,23 @@ pub enum VmError {
         /// The state that it takes.
         needed: &'static str,
     },
+    /// The vCPU has not been through KVM_TDX_INIT_VCPU.
+    #[error("vcpu_id: vCPU {vcpu_id} is not initialised, {operation} needs it")]
+    VcpuNotInitialized {
+        /// The vCPU.
+        vcpu_id: u32,
+        /// What was asked.
+        operation: &'static str,
+    },
+    /// The vCPU has been through KVM_TDX_INIT_VCPU.
+    #[error("vcpu_id: vCPU {0} is initialised already")]
+    VcpuInitialized(u32),
+    /// KVM_CREATE_VCPU takes an initialised TD.
+    #[error("the VM is {state}, KVM_CREATE_VCPU needs it initialized")]
+    NoTd {
+        /// The state.
+        state: &'static str,
+    },
     /// Not offered in this state of the TD.
     #[error("{operation} is not allowed before the VM is finalised")]
     NotYet {
@@ -143,11 +160,16 @@ impl VmError {
     /// KVM's errno, positive.
     pub fn errno(&self) -> i32 {
         match self {
-            Self::Invalid { .. } | Self::State { .. } => errno::EINVAL,
+            Self::Invalid { .. }
+            | Self::State { .. }
+            | Self::VcpuNotInitialized { .. }
+            | Self::VcpuInitialized(_) => errno::EINVAL,
             Self::NotYet { .. } => errno::EOPNOTSUPP,
             Self::NoVcpu(_) | Self::NoSlot(_) | Self::NoMemory(_) => errno::ENOENT,
             Self::SlotOverlaps(_) => errno::EEXIST,
-            Self::Dead { .. } | Self::AlreadyMapped(_) | Self::Seam(_) => errno::EIO,
+            Self::Dead { .. } | Self::NoTd { .. } | Self::AlreadyMapped(_) | Self::Seam(_) => {
+                errno::EIO
+            }
             Self::Refused {
                 leaf: Leaf::MNG_INIT,
                 status,
@@ -167,7 +189,9 @@ impl VmError {
     pub fn field(&self) -> Option<&'static str> {
         match self {
             Self::Invalid { field, .. } => Some(field),
-            Self::NoVcpu(_) => Some("vcpu_id"),
+            Self::NoVcpu(_) | Self::VcpuNotInitialized { .. } | Self::VcpuInitialized(_) => {
+                Some("vcpu_id")
+            }
             Self::NoSlot(_) => Some("slot_id"),
             Self::SlotOverlaps(_) => Some("slot"),
             Self::AlreadyMapped(_) | Self::NoMemory(_) => Some("gpa"),
@@ -183,15 +207,26 @@ impl VmError {
         }
     }
 
+    /// What KVM_MEMORY_ENCRYPT_OP hands back in hw_error: the module's answer.
+    pub fn hw_error(&self) -> Option<CompletionStatus> {
+        match self {
+            Self::Refused { status, .. } | Self::Busy { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
     /// What kind of refusal this is.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Invalid { .. } => ErrorKind::InvalidArgument,
             Self::NoVcpu(_) | Self::NoSlot(_) | Self::NoMemory(_) => ErrorKind::NotFound,
             Self::SlotOverlaps(_) | Self::AlreadyMapped(_) => ErrorKind::AlreadyExists,
-            Self::State { .. } | Self::NotYet { .. } | Self::Dead { .. } => {
-                ErrorKind::FailedPrecondition
-            }
+            Self::State { .. }
+            | Self::VcpuNotInitialized { .. }
+            | Self::VcpuInitialized(_)
+            | Self::NoTd { .. }
+            | Self::NotYet { .. }
+            | Self::Dead { .. } => ErrorKind::FailedPrecondition,
             Self::MemoryFault { .. } => ErrorKind::MemoryFault,
             Self::Exhausted { .. } => ErrorKind::ResourceExhausted,
             Self::Refused {

@@ -20,7 +20,7 @@ const CHUNK: u64 = 4096;
 fn vm(rig: &Rig, mode: Mode, gpaw: Gpaw, slot: &Range<u64>) -> Vm {
     rig.port.record(false);
     let vm = rig.create(mode, gpaw).unwrap();
-    vm.create_vcpu().unwrap();
+    vm.add_vcpu().unwrap();
     vm.set_user_memory_region(gmem_slot(0, slot.start, slot.end - slot.start))
         .unwrap();
     vm.set_memory_attributes(slot.start << 12, (slot.end - slot.start) << 12, 8)

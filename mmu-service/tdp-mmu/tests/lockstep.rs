@@ -227,7 +227,7 @@ impl Pair {
         rig.port.record(false);
         let vm = rig.create(mode, Gpaw::W48).unwrap();
         for _ in 0..2 {
-            vm.create_vcpu().unwrap();
+            vm.add_vcpu().unwrap();
         }
         for slot in slots() {
             vm.set_user_memory_region(slot).unwrap();

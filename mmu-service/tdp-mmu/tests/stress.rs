@@ -22,7 +22,7 @@ fn world(mode: Mode) -> (Rig, Vm) {
     rig.port.record(false);
     let vm = rig.create(mode, Gpaw::W48).unwrap();
     for _ in 0..VCPUS {
-        vm.create_vcpu().unwrap();
+        vm.add_vcpu().unwrap();
     }
     vm.set_user_memory_region(gmem_slot(0, 0, PAGES)).unwrap();
     vm.set_memory_attributes(0, PAGES << 12, 8).unwrap();
@@ -55,6 +55,7 @@ fn run_vcpu(vm: &Vm, vcpu: u32, stop: &AtomicBool) -> u64 {
                 Fault {
                     gpa: gfn << 12 | bit,
                     qualification: 2,
+                    ..Fault::default()
                 }
             })
             .collect();

@@ -126,6 +126,7 @@ async fn an_orderly_end_answers_what_runs_and_gives_everything_back() {
     let faults = vec![wire::Fault {
         gpa: 0,
         qualification: stack::WRITE,
+        ..Default::default()
     }];
     let batch = wire::HandleFaultsRequest {
         vm_id,

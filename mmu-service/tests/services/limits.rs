@@ -16,7 +16,8 @@ async fn a_batch_above_the_limit_ends_its_stream() {
         let faults = vec![
             wire::Fault {
                 gpa: 0,
-                qualification: 2
+                qualification: 2,
+                ..Default::default()
             };
             count
         ];

@@ -84,6 +84,7 @@ async fn batches_on_one_stream_are_answered_in_order_and_streams_run_side_by_sid
                 .map(|page| wire::Fault {
                     gpa: page * PAGE,
                     qualification: WRITE,
+                    ..Default::default()
                 })
                 .collect();
             let batch = wire::HandleFaultsRequest {
@@ -234,7 +235,7 @@ async fn the_initial_image_is_measured_as_the_module_does_it() {
                 let extends = if measure { 16 * size / PAGE } else { 0 };
                 assert_eq!(calls(&counts, "TDH.MR.EXTEND"), extends, "{case}");
             }
-            let request = wire::FinalizeVmRequest { vm_id };
+            let request = wire::FinalizeVmRequest { vm_id, hw_error: 0 };
             let finalized = stack
                 .client
                 .finalize_vm(request)
@@ -289,7 +290,7 @@ async fn adding_first_and_extending_later_gives_another_measurement_than_page_by
                 .counts;
             assert_eq!(calls(&counts.unwrap(), "TDH.MR.EXTEND"), 32);
         }
-        let request = wire::FinalizeVmRequest { vm_id };
+        let request = wire::FinalizeVmRequest { vm_id, hw_error: 0 };
         measurements.push(
             stack
                 .client

@@ -3,7 +3,7 @@
 use mirror_proto::mmu as wire;
 use tonic::Code;
 
-use crate::stack::{self, PAGE, region};
+use crate::stack::{self, PAGE, Stack, field_of, region};
 use crate::table::{Table, check, check_stream};
 
 const NO_VM: u64 = 999;
@@ -98,7 +98,10 @@ async fn ids_that_nobody_has_are_not_found() {
             table,
             "vcpu",
             create_vcpu,
-            wire::CreateVcpuRequest { vm_id },
+            wire::CreateVcpuRequest {
+                vm_id,
+                create_only: false,
+            },
             NotFound,
             vm
         );
@@ -133,13 +136,14 @@ async fn ids_that_nobody_has_are_not_found() {
             table,
             "finalize",
             finalize_vm,
-            wire::FinalizeVmRequest { vm_id },
+            wire::FinalizeVmRequest { vm_id, hw_error: 0 },
             NotFound,
             vm
         );
         let fault = Some(wire::Fault {
             gpa: 0,
             qualification: 2,
+            ..Default::default()
         });
         let request = wire::HandleFaultRequest {
             vm_id,
@@ -201,6 +205,7 @@ async fn ids_that_nobody_has_are_not_found() {
     let fault = Some(wire::Fault {
         gpa: 0,
         qualification: 2,
+        ..Default::default()
     });
     for vcpu_id in [1, u32::MAX] {
         let request = wire::HandleFaultRequest {
@@ -264,7 +269,7 @@ async fn operations_in_the_wrong_state_are_refused() {
         FailedPrecondition,
         None
     );
-    let request = wire::FinalizeVmRequest { vm_id };
+    let request = wire::FinalizeVmRequest { vm_id, hw_error: 0 };
     check!(
         table,
         "finalize twice",
@@ -350,6 +355,7 @@ async fn faults_that_cannot_be_are_refused() {
     let fault = Some(wire::Fault {
         gpa: 1 << 52,
         qualification: 2,
+        ..Default::default()
     });
     let request = wire::HandleFaultRequest {
         vm_id,
@@ -364,4 +370,82 @@ async fn faults_that_cannot_be_are_refused() {
         InvalidArgument,
         Some("gpa")
     );
+}
+
+#[tokio::test]
+async fn i19_an_error_on_the_way_in_is_refused() {
+    let mut table = Table::new(false).await;
+    let (vm_id, vcpu_id, hw_error) = (table.vm, 0, 1 << 63);
+    let field = Some("hw_error");
+    let request = wire::InitVmRequest { vm_id, hw_error };
+    check!(table, "init", init_vm, request, InvalidArgument, field);
+    let request = wire::InitVcpuRequest {
+        vm_id,
+        vcpu_id,
+        hw_error,
+    };
+    check!(table, "vcpu", init_vcpu, request, InvalidArgument, field);
+    let request = wire::InitMemRegionRequest {
+        vm_id,
+        size: PAGE,
+        hw_error,
+        ..Default::default()
+    };
+    check!(
+        table,
+        "image",
+        init_mem_region,
+        request,
+        InvalidArgument,
+        field
+    );
+    let request = wire::FinalizeVmRequest { vm_id, hw_error };
+    check!(
+        table,
+        "finalize",
+        finalize_vm,
+        request,
+        InvalidArgument,
+        field
+    );
+}
+
+#[tokio::test]
+async fn creation_and_initialisation_can_be_two_steps() {
+    let mut stack = Stack::start().await;
+    let request = wire::CreateVmRequest {
+        create_only: true,
+        ..Default::default()
+    };
+    let created = stack.client.create_vm(request).await.unwrap().into_inner();
+    let vm_id = created.vm_id;
+    assert_eq!((created.hkid, created.tdr), (0, 0));
+    let vcpu = wire::CreateVcpuRequest {
+        vm_id,
+        create_only: true,
+    };
+    let early = stack.client.create_vcpu(vcpu).await.unwrap_err();
+    assert_eq!(early.code(), tonic::Code::FailedPrecondition);
+    let init = wire::InitVmRequest { vm_id, hw_error: 0 };
+    let td = stack.client.init_vm(init).await.unwrap().into_inner();
+    assert_ne!((td.hkid, td.tdr), (0, 0));
+    let again = stack.client.init_vm(init).await.unwrap_err();
+    assert_eq!(again.code(), tonic::Code::FailedPrecondition);
+    stack.client.create_vcpu(vcpu).await.unwrap();
+    let init = wire::InitVcpuRequest {
+        vm_id,
+        vcpu_id: 0,
+        hw_error: 0,
+    };
+    let made = stack.client.init_vcpu(init).await.unwrap().into_inner();
+    let names: Vec<_> = made
+        .counts
+        .unwrap()
+        .seamcalls
+        .into_iter()
+        .map(|c| c.name)
+        .collect();
+    assert!(names.contains(&"TDH.VP.INIT".to_owned()), "{names:?}");
+    let again = stack.client.init_vcpu(init).await.unwrap_err();
+    assert_eq!(field_of(&again).as_deref(), Some("vcpu_id"));
 }

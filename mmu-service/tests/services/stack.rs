@@ -231,7 +231,10 @@ impl Stack {
             .vm_id;
         for _ in 0..vcpus {
             self.client
-                .create_vcpu(wire::CreateVcpuRequest { vm_id })
+                .create_vcpu(wire::CreateVcpuRequest {
+                    vm_id,
+                    create_only: false,
+                })
                 .await
                 .unwrap();
         }
@@ -247,7 +250,7 @@ impl Stack {
     pub(crate) async fn running_vm(&mut self, mode: wire::Mode, vcpus: u32, size: u64) -> u64 {
         let vm_id = self.vm(mode, vcpus, size).await;
         self.client
-            .finalize_vm(wire::FinalizeVmRequest { vm_id })
+            .finalize_vm(wire::FinalizeVmRequest { vm_id, hw_error: 0 })
             .await
             .unwrap();
         vm_id
@@ -283,6 +286,7 @@ impl Stack {
         let fault = Some(wire::Fault {
             gpa,
             qualification: WRITE,
+            ..Default::default()
         });
         let request = wire::HandleFaultRequest {
             vm_id,

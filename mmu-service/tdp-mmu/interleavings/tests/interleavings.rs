@@ -60,7 +60,7 @@ impl World {
         rig.port.record(false);
         let vm = rig.create(mode, Gpaw::W48).unwrap();
         for vcpu in 0..2 {
-            vm.create_vcpu().unwrap();
+            vm.add_vcpu().unwrap();
             vm.set_user_memory_region(gmem_slot(vcpu, u64::from(vcpu) << 12, SLOT))
                 .unwrap();
             vm.set_memory_attributes(u64::from(vcpu) << 24, SLOT << 12, 8)

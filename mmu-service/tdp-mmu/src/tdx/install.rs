@@ -159,7 +159,7 @@ impl Hooks<'_> {
                 // Model: the kernel calls on without a page; B9 has bugged the VM already.
                 let table = external.ok_or(RefusedByHook)?;
                 (
-                    calls::mem_sept_add(self.td.tdr, gfn, level, table),
+                    calls::mem_sept_add(self.td.tdr(), gfn, level, table),
                     Kind::Link,
                 )
             }
@@ -187,7 +187,7 @@ impl Hooks<'_> {
                 ..Repeat::default()
             };
             calls.push(
-                calls::mr_extend(self.td.tdr, gpa)
+                calls::mr_extend(self.td.tdr(), gpa)
                     .to_seamcall()
                     .repeated(extends),
             );
@@ -215,7 +215,7 @@ impl Hooks<'_> {
         }
         let page = spte::pfn(spte);
         if self.td.is_runnable() {
-            return Ok(calls::mem_page_aug(self.td.tdr, gfn, page));
+            return Ok(calls::mem_page_aug(self.td.tdr(), gfn, page));
         }
         let Some(source) = source else {
             self.bugs
@@ -224,7 +224,7 @@ impl Hooks<'_> {
         };
         let data = source.page_of(gfn);
         Ok(calls::mem_page_add(
-            self.td.tdr,
+            self.td.tdr(),
             gfn,
             page,
             source.page,
@@ -261,8 +261,9 @@ impl Hooks<'_> {
             }
             Err(error @ SeamError::Unknown { .. }) => {
                 if measured {
-                    self.bugs
-                        .kill(|| format!("the measurement is unknown: {error}"));
+                    self.bugs.kill(Check::Unsettled, || {
+                        format!("the measurement is unknown: {error}")
+                    });
                 }
                 units
                     .iter()
@@ -271,7 +272,7 @@ impl Hooks<'_> {
             }
             Err(error) => {
                 if matches!(error, SeamError::Restarted { .. }) {
-                    self.bugs.kill(|| error.to_string());
+                    self.bugs.kill(Check::Unsettled, || error.to_string());
                 }
                 for unit in units {
                     unit.settle(0, 0);
@@ -335,7 +336,7 @@ impl Hooks<'_> {
         gfn: Gfn,
         level: Level,
     ) -> Result<SeamcallResult, SeamError> {
-        let read = calls::mem_sept_rd(self.td.tdr, gfn, level);
+        let read = calls::mem_sept_rd(self.td.tdr(), gfn, level);
         for _ in 0..READ_TRIES {
             let result = seam.call(&read)?;
             let status = result.status();

@@ -59,7 +59,7 @@ pub(crate) fn init_td(
     params: &TdParams,
     control_pages: &[Pfn],
 ) -> Result<(), VmError> {
-    let tdr = td.tdr;
+    let tdr = td.tdr();
     let hkid = td.hkid().unwrap_or(0);
     {
         let _tdx = lock(&host.tdx_lock);
@@ -143,7 +143,7 @@ pub(crate) fn release_hkid(
         }
     }
     let _tdx = lock(&host.tdx_lock);
-    let status = seam.call(&calls::mng_vpflushdone(td.tdr))?.status();
+    let status = seam.call(&calls::mng_vpflushdone(td.tdr()))?.status();
     if status.is(CompletionStatus::FLUSHVP_NOT_DONE) {
         return Ok(());
     }
@@ -157,7 +157,7 @@ pub(crate) fn release_hkid(
             bug(Leaf::PHYMEM_CACHE_WB, status);
         }
     }
-    let status = seam.call(&calls::mng_key_freeid(td.tdr))?.status();
+    let status = seam.call(&calls::mng_key_freeid(td.tdr()))?.status();
     if !status.is_success() {
         bug(Leaf::MNG_KEY_FREEID, status);
         return Ok(());
@@ -206,14 +206,15 @@ pub(crate) fn reclaim_control_pages(
 ) -> Result<u64, SeamError> {
     let tdcs = std::mem::take(&mut *lock(&td.tdcs));
     let leaked = reclaim_pages(host, seam, &tdcs)?;
-    if !reclaim(seam, &[td.tdr])?.is_empty() {
+    if !reclaim(seam, &[td.tdr()])?.is_empty() {
         return Ok(leaked + 1);
     }
     let platform = host.platform();
-    let write_back = calls::phymem_page_wbinvd(td.tdr, platform.global_hkid, platform.hkid_shift());
+    let write_back =
+        calls::phymem_page_wbinvd(td.tdr(), platform.global_hkid, platform.hkid_shift());
     let written = seam.call(&write_back)?.status().is_success();
     if written {
-        host.memory.free_page(td.tdr);
+        host.memory.free_page(td.tdr());
     }
     Ok(leaked + u64::from(!written))
 }

@@ -110,7 +110,7 @@ impl Hooks<'_> {
         if leaves.is_empty() {
             return Ok(());
         }
-        let tdr = self.td.tdr;
+        let tdr = self.td.tdr();
         let mut kept = BTreeSet::new();
         self.each(seam, leaves, &mut kept, true, &|leaf| {
             calls::mem_range_block(tdr, leaf.gfn, Level::L4K)

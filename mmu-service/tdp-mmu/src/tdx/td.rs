@@ -4,7 +4,7 @@
 
 use tdx_defs::Pfn;
 
-use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 
 /// kvm_tdx->state.
@@ -27,7 +27,8 @@ impl TdState {
 
 /// A TD, seen by its host.
 pub(crate) struct Td {
-    pub(crate) tdr: Pfn,
+    /// 0: none yet.
+    tdr: AtomicU64,
     /// Control pages that were added.
     pub(crate) tdcs: Mutex<Vec<Pfn>>,
     state: AtomicU8,
@@ -39,15 +40,32 @@ pub(crate) struct Td {
 }
 
 impl Td {
-    pub(crate) fn new(tdr: Pfn, hkid: u32) -> Self {
+    /// A VM that is no TD yet.
+    pub(crate) fn new() -> Self {
         Self {
-            tdr,
+            tdr: AtomicU64::new(0),
             tdcs: Mutex::default(),
             state: AtomicU8::new(0),
-            hkid: AtomicU32::new(hkid),
+            hkid: AtomicU32::new(0),
             wait_for_sept_zap: AtomicBool::new(false),
             mrtd: Mutex::new(None),
         }
+    }
+
+    /// The page and the key id that TDH.MNG.CREATE is about to get.
+    pub(crate) fn assign(&self, tdr: Pfn, hkid: u32) {
+        self.tdr.store(tdr.get(), Ordering::Release);
+        self.hkid.store(hkid, Ordering::Release);
+    }
+
+    /// The TD root page; frame 0 while there is none.
+    pub(crate) fn tdr(&self) -> Pfn {
+        Pfn::new(self.tdr.load(Ordering::Acquire))
+    }
+
+    /// The TD root page has gone back to the host.
+    pub(crate) fn forget_tdr(&self) {
+        self.tdr.store(0, Ordering::Release);
     }
 
     pub(crate) fn state(&self) -> TdState {

@@ -150,7 +150,7 @@ impl Auditing<'_> {
     fn call(&self, question: &Question) -> Seamcall {
         match *question {
             Question::Entry { gfn, level, .. } => {
-                calls::mem_sept_rd(self.vm.td.tdr, gfn, level).to_seamcall()
+                calls::mem_sept_rd(self.vm.td.tdr(), gfn, level).to_seamcall()
             }
             Question::Page { page, .. } => calls::phymem_page_rdmd(page).to_seamcall(),
         }
@@ -206,7 +206,7 @@ impl Auditing<'_> {
                 page,
                 expected,
             } => {
-                let owner = self.vm.td.tdr.base().get();
+                let owner = self.vm.td.tdr().base().get();
                 let fits = result.status().is_success()
                     && result.rcx == u64::from(expected.0)
                     && result.rdx == owner;
@@ -226,7 +226,7 @@ impl Auditing<'_> {
 
     /// TDR.CHLDCNT counts every page of the TD but the TDR.
     fn judge_total(&mut self, control_pages: u64) -> Result<(), VmError> {
-        let read = calls::mng_rd(self.vm.td.tdr, field::TDR_CHLDCNT);
+        let read = calls::mng_rd(self.vm.td.tdr(), field::TDR_CHLDCNT);
         let result = self.seam.call(&read)?;
         let expected = control_pages + self.report.tables + self.report.leaves;
         if result.status().is_success() && result.r8 != expected {

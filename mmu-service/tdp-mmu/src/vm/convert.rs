@@ -12,6 +12,7 @@ use std::ops::Range;
 use tdx_defs::{Gfn, PAGE_SHIFT, PAGE_SIZE};
 
 use super::{Mode, Vm};
+use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
 use crate::mmu::lock::WriteGuard;
@@ -248,7 +249,7 @@ impl Vm {
             }
             Err(error) => {
                 // Mirror and private tree may differ from here on: the VM ends.
-                self.mmu.bugs.kill(|| error.to_string());
+                self.mmu.bugs.kill(Check::Unsettled, || error.to_string());
                 for op in ops {
                     match *op {
                         ExternalOp::RemoveSpte { gfn, .. } => self.leak(gfn),

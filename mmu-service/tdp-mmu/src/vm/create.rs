@@ -25,25 +25,24 @@ const CONFIG_FLAGS_PRESERVE_RBP: u64 = 1 << 2;
 const TSC_25MHZ: u16 = 100;
 
 impl Vm {
-    /// Creates and initialises a TD.
+    /// KVM_CREATE_VM and KVM_TDX_INIT_VM in one.
     pub fn create(
         host: Arc<Host>,
         port: Arc<dyn SeamPort>,
         config: VmConfig,
     ) -> Result<(Self, Counts), VmError> {
-        let params = td_params(&host, &config)?;
-        let hkid = host.hkids.alloc().ok_or(VmError::Exhausted {
-            what: "private key ids",
-            limit: host.hkids.limit(),
-        })?;
-        let Some(mut pages) = host.memory.pages(host.platform().tdcs_pages + 1) else {
-            host.hkids.free(hkid);
-            return Err(out_of_memory(&host));
-        };
-        let tdr = pages.remove(0);
+        let vm = Self::new(host, port, config);
+        let counts = vm.init()?;
+        Ok((vm, counts))
+    }
+
+    /// KVM_CREATE_VM: a VM that is no TD yet. The module does not hear of it.
+    pub fn new(host: Arc<Host>, port: Arc<dyn SeamPort>, config: VmConfig) -> Self {
+        // Model: the guest's address width comes with the VM, not with KVM_TDX_INIT_VM, so that
+        // one description says all there is to know of it.
         let layout = GpaLayout::new(config.gpaw);
-        let vm = Self {
-            td: Td::new(tdr, hkid),
+        Self {
+            td: Td::new(),
             mmu: Mmu::new(layout),
             host,
             port,
@@ -57,23 +56,46 @@ impl Vm {
             counts: Mutex::default(),
             leaked: super::AtomicU64::new(0),
             destroyed: super::AtomicBool::new(false),
+        }
+    }
+
+    /// KVM_TDX_INIT_VM: makes the VM a TD. What fails is undone; a VM whose key id came back can
+    /// be initialised again.
+    pub fn init(&self) -> Result<Counts, VmError> {
+        let _slots = lock(&self.slots_lock);
+        self.alive()?;
+        self.needs("KVM_TDX_INIT_VM", TdState::Uninitialized)?;
+        let params = td_params(&self.host, &self.config)?;
+        if self.td.hkid().is_some() {
+            return Err(VmError::Dead {
+                reason: "an earlier KVM_TDX_INIT_VM left its key id assigned".into(),
+            });
+        }
+        let hkid = self.host.hkids.alloc().ok_or(VmError::Exhausted {
+            what: "private key ids",
+            limit: self.host.hkids.limit(),
+        })?;
+        let Some(mut pages) = self.host.memory.pages(self.host.platform().tdcs_pages + 1) else {
+            self.host.hkids.free(hkid);
+            return Err(out_of_memory(&self.host));
         };
-        let mut seam = vm.seam(0);
-        match lifecycle::init_td(&vm.host, &mut seam, &vm.td, &params, &pages) {
+        self.td.assign(pages.remove(0), hkid);
+        let mut seam = self.seam(0);
+        match lifecycle::init_td(&self.host, &mut seam, &self.td, &params, &pages) {
             Ok(()) => {
-                vm.td.set_initialized();
-                let counts = vm.finish(seam);
-                Ok((vm, counts))
+                self.td.set_initialized();
+                Ok(self.finish(seam))
             }
             Err(error) => {
-                vm.undo_create(seam, &pages, &error);
+                self.undo_init(&mut seam, &pages, &error);
+                self.finish(seam);
                 Err(error)
             }
         }
     }
 
     /// The normal key release and reclaim, for a TD that did not get through INIT_VM.
-    fn undo_create(&self, mut seam: Seam<'_>, pages: &[tdx_defs::Pfn], error: &VmError) {
+    fn undo_init(&self, seam: &mut Seam<'_>, pages: &[tdx_defs::Pfn], error: &VmError) {
         let added = lock(&self.td.tdcs).clone();
         pages
             .iter()
@@ -92,17 +114,19 @@ impl Vm {
             } | VmError::Seam(SeamError::NotSent { .. } | SeamError::Restarted { .. })
         );
         if nothing_made {
-            self.host.memory.free_page(self.td.tdr);
+            self.host.memory.free_page(self.td.tdr());
+            self.td.forget_tdr();
             if let Some(hkid) = self.td.release_hkid() {
                 self.host.hkids.free(hkid);
             }
             return;
         }
-        let released =
-            lifecycle::release_hkid(&self.host, &mut seam, &self.td, &self.mmu.bugs, &[]);
+        let released = lifecycle::release_hkid(&self.host, seam, &self.td, &self.mmu.bugs, &[]);
         if released.is_ok() && self.td.hkid().is_none() {
             // What does not come back stays out of use: the module may still hold it.
-            let _ = lifecycle::reclaim_control_pages(&self.host, &mut seam, &self.td);
+            let leaked = lifecycle::reclaim_control_pages(&self.host, seam, &self.td).unwrap_or(1);
+            self.leaked.fetch_add(leaked, super::Ordering::Relaxed);
+            self.td.forget_tdr();
         }
     }
 
@@ -114,7 +138,7 @@ impl Vm {
         self.alive()?;
         self.needs("KVM_TDX_FINALIZE_VM", TdState::Initialized)?;
         let mut seam = self.seam(0);
-        let result = seam.call(&calls::mr_finalize(self.td.tdr))?;
+        let result = seam.call(&calls::mr_finalize(self.td.tdr()))?;
         let finalized = expect(Leaf::MR_FINALIZE, &result);
         if let Err(VmError::Refused { status, .. }) = &finalized {
             // Without a vCPU the module refuses, and nothing is broken.
@@ -140,7 +164,7 @@ impl Vm {
 
     fn read_mrtd(&self, seam: &mut Seam<'_>) -> Result<[u8; 48], VmError> {
         let steps: Vec<_> = (0..6)
-            .map(|word| calls::mng_rd(self.td.tdr, field::TDCS_MRTD + word))
+            .map(|word| calls::mng_rd(self.td.tdr(), field::TDCS_MRTD + word))
             .collect();
         let mut mrtd = [0; 48];
         for (step, word) in steps.iter().zip(mrtd.chunks_exact_mut(8)) {

@@ -81,16 +81,16 @@ impl Vm {
         let associated: Vec<(Pfn, u32)> = vcpus
             .iter()
             .zip(runs.iter())
+            .filter(|(_, run)| run.is_initialized())
             .map(|(vcpu, run)| (run.tdvpr(), vcpu.lp))
             .collect();
-        lifecycle::release_hkid(&self.host, seam, &self.td, &self.mmu.bugs, &associated)?;
+        if self.td.hkid().is_some() {
+            lifecycle::release_hkid(&self.host, seam, &self.td, &self.mmu.bugs, &associated)?;
+        }
         // mmu notifier release: user memory goes with its process.
         self.zap_direct();
         for run in runs {
-            self.unload(run);
-            if let Some(root) = run.mirror_root.take() {
-                self.mmu.put_root(root);
-            }
+            self.destroy_mmu(run);
             let mut pages = std::mem::take(&mut run.pages);
             if self.td.hkid().is_some() {
                 self.leaked.fetch_add(pages.len() as u64, Ordering::Relaxed);
@@ -120,13 +120,16 @@ impl Vm {
     }
 
     fn free_control_pages(&self, seam: &mut Seam<'_>) {
-        let leaked = if self.td.hkid().is_some() {
+        let leaked = if self.td.tdr() == Pfn::default() {
+            // It never became a TD.
+            return;
+        } else if self.td.hkid().is_some() {
             Ok(lock(&self.td.tdcs).len() as u64 + 1)
         } else {
             lifecycle::reclaim_control_pages(&self.host, seam, &self.td)
         };
         let leaked = leaked.unwrap_or_else(|error| {
-            self.mmu.bugs.kill(|| error.to_string());
+            self.mmu.bugs.kill(Check::Unsettled, || error.to_string());
             1
         });
         self.leaked.fetch_add(leaked, Ordering::Relaxed);

@@ -79,6 +79,7 @@ impl Vm {
     ) -> Result<(TableId, TableId), VmError> {
         self.alive()?;
         self.needs("KVM_RUN", TdState::Runnable)?;
+        self.initialized(vcpu, run, "KVM_RUN")?;
         self.roots_of(vcpu, run)
     }
 

@@ -47,6 +47,7 @@ impl Vm {
         let mut run = lock(&vcpu.run);
         self.alive()?;
         self.needs("KVM_TDX_INIT_MEM_REGION", TdState::Initialized)?;
+        self.initialized(&vcpu, &run, "KVM_TDX_INIT_MEM_REGION")?;
         let pages = self.image_pages(&range)?;
         let (_, mirror) = self.roots_of(&vcpu, &mut run)?;
         let mut seam = self.seam(vcpu.lp);
@@ -134,7 +135,7 @@ impl Vm {
     fn extend_page(&self, seam: &mut Seam<'_>, gfn: Gfn) -> Result<(), VmError> {
         let base = gfn.base().get();
         let steps: Vec<Step> = (0..u64::from(EXTENDS_A_PAGE))
-            .map(|chunk| calls::mr_extend(self.td.tdr, base + chunk * EXTEND_CHUNK))
+            .map(|chunk| calls::mr_extend(self.td.tdr(), base + chunk * EXTEND_CHUNK))
             .collect();
         let mut failed = None;
         seam.script(&steps, &mut |_, _, result| {

@@ -88,7 +88,7 @@ impl Vm {
     fn read_module(&self, gfn: tdx_defs::Gfn, entries: &mut [WalkEntry]) -> Result<(), VmError> {
         let reads = entries.iter().map(|entry| {
             let base = gfn.align_down(entry.level.pages());
-            calls::mem_sept_rd(self.td.tdr, base, entry.level).to_seamcall()
+            calls::mem_sept_rd(self.td.tdr(), base, entry.level).to_seamcall()
         });
         let mut seam = self.looking();
         let sent = seam.submit(None, reads.collect());
@@ -177,7 +177,7 @@ impl Vm {
             mode: self.config.mode,
             vcpus: u32::try_from(self.vcpus.load().len()).unwrap_or(u32::MAX),
             hkid: self.td.hkid(),
-            tdr: self.td.tdr.base(),
+            tdr: self.td.tdr().base(),
             mrtd: self.td.mrtd(),
             slots: self.slots.all().iter().map(|slot| slot.spec).collect(),
             pages_4k,

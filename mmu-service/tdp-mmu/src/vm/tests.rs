@@ -71,6 +71,19 @@ fn r07_a_root_of_another_level_is_not_shown_to_the_module() {
 }
 
 #[test]
+fn r15_a_vcpu_that_goes_puts_both_roots() {
+    let (rig, vm) = e4(Mode::Batched);
+    let counts = |vm: &Vm| vm.roots().iter().map(|root| root.count).collect::<Vec<_>>();
+    assert_eq!(counts(&vm), [2, 2]);
+    let vcpu = vm.vcpu(0).unwrap();
+    let mut run = lock(&vcpu.run);
+    vm.destroy_mmu(&mut run);
+    assert_eq!((run.root, run.mirror_root), (None, None));
+    assert_eq!(counts(&vm), [1, 1], "the VM's own references are left");
+    assert_eq!(leaves(&rig), [], "its control pages wait for the VM's end");
+}
+
+#[test]
 fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
     let (rig, vm) = e4(Mode::Batched);
     vm.slots

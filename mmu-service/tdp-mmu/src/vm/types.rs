@@ -52,6 +52,9 @@ pub struct Fault {
     pub gpa: u64,
     /// Exit qualification: read 1, write 2, fetch 4; bits 5:3 say what the entry allowed.
     pub qualification: u64,
+    /// Extended exit qualification of a TD exit: type in bits 3:0, 6 for a page that the guest has
+    /// not accepted. 0 when there is none.
+    pub extended: u64,
 }
 
 /// `enum RET_PF_*`, arch/x86/kvm/mmu/mmu_internal.h.

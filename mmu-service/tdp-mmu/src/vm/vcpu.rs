@@ -1,6 +1,6 @@
 //! vCPUs: creation, and loading the roots they walk.
 //!
-//! Source: arch/x86/kvm/vmx/tdx.c, `tdx_vcpu_create()`, `tdx_td_vcpu_init()`,
+//! Source: arch/x86/kvm/vmx/tdx.c, `tdx_vcpu_precreate()`, `tdx_td_vcpu_init()`,
 //! `tdx_load_mmu_pgd()`; arch/x86/kvm/mmu/mmu.c, `kvm_mmu_load()`, `kvm_mmu_unload()`,
 //! `mmu_alloc_direct_roots()`.
 //!
@@ -33,7 +33,7 @@ pub(crate) struct Vcpu {
 
 /// What only the thread that runs the vCPU touches.
 pub(crate) struct Run {
-    /// TDVPR first, then the TDCX pages.
+    /// TDVPR first, then the TDCX pages; none before KVM_TDX_INIT_VCPU.
     pub(crate) pages: Vec<Pfn>,
     /// `mmu.root.hpa`.
     pub(crate) root: Option<TableId>,
@@ -47,37 +47,97 @@ impl Run {
     pub(crate) fn tdvpr(&self) -> Pfn {
         self.pages.first().copied().unwrap_or_default()
     }
+
+    /// Whether the vCPU has been through KVM_TDX_INIT_VCPU.
+    pub(crate) fn is_initialized(&self) -> bool {
+        !self.pages.is_empty()
+    }
 }
 
 impl Vm {
-    /// KVM_CREATE_VCPU and KVM_TDX_INIT_VCPU.
-    pub fn create_vcpu(&self) -> Result<(u32, Counts), VmError> {
+    /// KVM_CREATE_VCPU and KVM_TDX_INIT_VCPU in one.
+    pub fn add_vcpu(&self) -> Result<(u32, Counts), VmError> {
+        // Both under one lock, so that no failure leaves half a vCPU behind.
         let _slots = lock(&self.slots_lock);
         self.alive()?;
         self.needs("KVM_TDX_INIT_VCPU", TdState::Initialized)?;
-        let vcpus = self.vcpus.load_full();
+        let vcpu = self.new_vcpu()?;
+        let counts = self.init_new_vcpu(&vcpu)?;
+        let id = vcpu.id;
+        self.publish_vcpu(vcpu);
+        Ok((id, counts))
+    }
+
+    /// KVM_CREATE_VCPU: a vCPU that the module does not know yet.
+    pub fn create_vcpu(&self) -> Result<u32, VmError> {
+        let _slots = lock(&self.slots_lock);
+        self.alive()?;
+        let state = self.td.state();
+        if state != TdState::Initialized {
+            let state = state.name();
+            return Err(VmError::NoTd { state });
+        }
+        let vcpu = self.new_vcpu()?;
+        let id = vcpu.id;
+        self.publish_vcpu(vcpu);
+        Ok(id)
+    }
+
+    /// KVM_TDX_INIT_VCPU.
+    pub fn init_vcpu(&self, vcpu_id: u32) -> Result<Counts, VmError> {
+        let _slots = lock(&self.slots_lock);
+        self.alive()?;
+        let vcpu = self.vcpu(vcpu_id)?;
+        self.needs("KVM_TDX_INIT_VCPU", TdState::Initialized)?;
+        if lock(&vcpu.run).is_initialized() {
+            return Err(VmError::VcpuInitialized(vcpu_id));
+        }
+        self.init_new_vcpu(&vcpu)
+    }
+
+    fn new_vcpu(&self) -> Result<Vcpu, VmError> {
+        let vcpus = self.vcpus.load();
         if vcpus.len() >= usize::from(self.config.max_vcpus) {
             let reason = format!("the VM has its {} vCPUs", self.config.max_vcpus);
             return Err(VmError::invalid("max_vcpus", reason));
         }
         let id = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
-        let platform = self.host.platform();
-        let lp = id % platform.logical_processors;
+        let run = Run {
+            pages: Vec::new(),
+            root: None,
+            mirror_root: None,
+            counts: Counts::default(),
+        };
+        Ok(Vcpu {
+            id,
+            lp: id % self.host.platform().logical_processors,
+            run: Mutex::new(run),
+        })
+    }
+
+    fn publish_vcpu(&self, vcpu: Vcpu) {
+        let mut longer = (*self.vcpus.load_full()).clone();
+        longer.push(Arc::new(vcpu));
+        self.vcpus.store(Arc::new(longer));
+    }
+
+    /// tdx_td_vcpu_init; the caller holds slots_lock.
+    fn init_new_vcpu(&self, vcpu: &Vcpu) -> Result<Counts, VmError> {
         let pages = self
             .host
             .memory
-            .pages(platform.tdvps_pages)
+            .pages(self.host.platform().tdvps_pages)
             .ok_or_else(|| out_of_memory(&self.host))?;
-        let mut seam = self.seam(lp);
+        let mut seam = self.seam(vcpu.lp);
         let made = {
             let _held = self.mmu.lock.write();
-            lifecycle::init_vcpu(&mut seam, self.td.tdr, &pages, id)
+            lifecycle::init_vcpu(&mut seam, self.td.tdr(), &pages, vcpu.id)
         };
         let (taken, failed) = match made {
             Ok(made) => made,
             Err(error) => {
                 // What the module holds now is unknown: the pages stay out of use.
-                self.mmu.bugs.kill(|| error.to_string());
+                self.mmu.bugs.kill(Check::Unsettled, || error.to_string());
                 return Err(error.into());
             }
         };
@@ -94,22 +154,12 @@ impl Vm {
                 });
             }
             self.finish(seam);
-            return Err(expect(leaf, &result).err().unwrap_or(VmError::NoVcpu(id)));
+            return Err(expect(leaf, &result)
+                .err()
+                .unwrap_or(VmError::NoVcpu(vcpu.id)));
         }
-        let run = Run {
-            pages,
-            root: None,
-            mirror_root: None,
-            counts: Counts::default(),
-        };
-        let mut longer = (*vcpus).clone();
-        longer.push(Arc::new(Vcpu {
-            id,
-            lp,
-            run: Mutex::new(run),
-        }));
-        self.vcpus.store(Arc::new(longer));
-        Ok((id, self.finish(seam)))
+        lock(&vcpu.run).pages = pages;
+        Ok(self.finish(seam))
     }
 
     /// kvm_mmu_load: makes or reuses the mirror root, then the direct root, and tells the module
@@ -118,7 +168,22 @@ impl Vm {
         let vcpu = self.vcpu(vcpu_id)?;
         let mut run = lock(&vcpu.run);
         self.alive()?;
+        self.initialized(&vcpu, &run, "loading its roots")?;
         self.reload(&vcpu, &mut run)
+    }
+
+    /// EINVAL for a vCPU that the module does not know.
+    pub(super) fn initialized(
+        &self,
+        vcpu: &Vcpu,
+        run: &Run,
+        operation: &'static str,
+    ) -> Result<(), VmError> {
+        if run.is_initialized() {
+            return Ok(());
+        }
+        let vcpu_id = vcpu.id;
+        Err(VmError::VcpuNotInitialized { vcpu_id, operation })
     }
 
     /// kvm_mmu_reload: nothing to do while a valid direct root is loaded. A root that was
@@ -188,6 +253,15 @@ impl Vm {
 
     pub(super) fn unload(&self, run: &mut Run) {
         if let Some(root) = run.root.take() {
+            self.mmu.put_root(root);
+        }
+    }
+
+    /// kvm_arch_vcpu_destroy, as far as roots go: kvm_mmu_unload, then kvm_mmu_destroy, the only
+    /// place that puts the mirror root.
+    pub(super) fn destroy_mmu(&self, run: &mut Run) {
+        self.unload(run);
+        if let Some(root) = run.mirror_root.take() {
             self.mmu.put_root(root);
         }
     }

@@ -16,6 +16,11 @@ const WRITE: u64 = 1 << 1;
 const FETCH: u64 = 1 << 2;
 /// Exit qualification: what the entry allowed; not zero when it was present.
 const ALLOWED: u64 = 7 << 3;
+/// Exit qualification: what the entry allowed, fetches in user mode included.
+const ALLOWED_ANY: u64 = 0xF << 3;
+/// Type of the extended exit qualification, and the one of a page that is pending.
+const EXTENDED_TYPE: u64 = 0xF;
+const EXTENDED_PENDING: u64 = 6;
 
 /// An access to resolve.
 #[derive(Debug, Clone, Copy)]
@@ -67,6 +72,14 @@ impl Vm {
             prefetch: false,
         };
         if visibility == Visibility::Private {
+            if fault.extended & EXTENDED_TYPE == EXTENDED_PENDING
+                && fault.qualification & ALLOWED_ANY == 0
+            {
+                self.mmu.bugs.kill(Check::PendingAccess, || {
+                    format!("the guest touched {gfn} before it accepted the page")
+                });
+                self.alive()?;
+            }
             // The real qualification is replaced by "write".
             return Ok(wanted);
         }

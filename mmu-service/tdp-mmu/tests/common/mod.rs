@@ -93,21 +93,27 @@ impl Rig {
         Self { module, port, host }
     }
 
-    /// A TD that is initialised, with nothing in it.
-    pub(crate) fn create(&self, mode: Mode, gpaw: Gpaw) -> Result<Vm, VmError> {
+    /// A VM that is no TD yet.
+    pub(crate) fn uninitialized(&self, mode: Mode, gpaw: Gpaw) -> Vm {
         let config = VmConfig {
             gpaw,
             mode,
             ..VmConfig::default()
         };
         let port = Arc::clone(&self.port);
-        Vm::create(Arc::clone(&self.host), port, config).map(|(vm, _)| vm)
+        Vm::new(Arc::clone(&self.host), port, config)
+    }
+
+    /// A TD that is initialised, with nothing in it.
+    pub(crate) fn create(&self, mode: Mode, gpaw: Gpaw) -> Result<Vm, VmError> {
+        let vm = self.uninitialized(mode, gpaw);
+        vm.init().map(|_| vm)
     }
 
     /// Baseline Pre: one vCPU, one private guest_memfd slot, roots not loaded, not finalised.
     pub(crate) fn pre(&self, mode: Mode, gpaw: Gpaw) -> Vm {
         let vm = self.create(mode, gpaw).unwrap();
-        vm.create_vcpu().unwrap();
+        vm.add_vcpu().unwrap();
         vm.set_user_memory_region(gmem_slot(0, 0, SLOT_PAGES))
             .unwrap();
         vm.set_memory_attributes(0, SLOT_PAGES << 12, 8).unwrap();
@@ -147,6 +153,7 @@ pub(crate) fn private(gfn: u64) -> Fault {
     Fault {
         gpa: gfn << 12,
         qualification: 2,
+        ..Fault::default()
     }
 }
 
@@ -155,6 +162,7 @@ pub(crate) fn shared(vm: &Vm, gfn: u64) -> Fault {
     Fault {
         gpa: gfn << 12 | shared_bit(vm),
         qualification: 2,
+        ..Fault::default()
     }
 }
 

@@ -18,34 +18,28 @@ const REQUIRED: [(&str, std::ops::RangeInclusive<u32>); 8] = [
 ];
 
 /// Sources whose tests carry an id in their name, as in `fn x01_…`.
-const INSIDE: [&str; 4] = [
+const INSIDE: [&str; 5] = [
     include_str!("../../src/mmu/change/tests.rs"),
     include_str!("../../src/mmu/roots/tests.rs"),
     include_str!("../../src/vm/tests.rs"),
     include_str!("../../interleavings/tests/interleavings.rs"),
+    include_str!("../../../tests/services/refusals.rs"),
 ];
 
 /// What cannot happen here, and why.
-const LEFT_OUT: [(&str, &[&str]); 11] = [
+const LEFT_OUT: [(&str, &[&str]); 7] = [
     ("every VM is a TD", &["R05"]),
-    ("a vCPU goes with its VM; T01 sees its roots put", &["R15"]),
     (
         "leaves of the direct root are 4 KiB so far",
         &[
             "D02", "D03", "D11", "D12", "D13", "Z17", "Z21", "Z22", "Z26", "C16", "C17",
         ],
     ),
-    ("a fault carries no extended qualification", &["P15"]),
     (
         "there is no aging and no write tracking yet",
         &["Z20", "Z23"],
     ),
     ("MMIO generations do not wrap", &["Z28"]),
-    (
-        "creating and initialising are one call",
-        &["I02", "I03", "I08"],
-    ),
-    ("there is no hw_error in the request", &["I19"]),
     (
         "no guest code runs, so nobody enters or holds a lock",
         &["C12", "C13", "C14"],

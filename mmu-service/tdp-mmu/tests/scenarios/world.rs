@@ -117,6 +117,8 @@ impl World {
             "E4" | "E5" => Some(self.rig.empty(self.mode, self.gpaw)),
             "Pre" => Some(self.rig.pre(self.mode, self.gpaw)),
             "TD" => Some(self.rig.create(self.mode, self.gpaw).unwrap()),
+            // KVM_CREATE_VM and nothing else.
+            "new" => Some(self.rig.uninitialized(self.mode, self.gpaw)),
             "none" => None,
             "none52" => {
                 self.gpaw = Gpaw::W52;
@@ -221,6 +223,14 @@ impl World {
         };
         match *words {
             ["fault", gfn] => fault(0, common::private(hex(gfn))),
+            // An exit for a page that the guest has not accepted: extended type 6.
+            ["pending", gfn] => fault(
+                0,
+                Fault {
+                    extended: 6,
+                    ..common::private(hex(gfn))
+                },
+            ),
             ["fault", gfn, vcpu] => fault(number(vcpu), common::private(hex(gfn))),
             ["shared", how, gfn] => {
                 let qualification = match how {
@@ -296,7 +306,10 @@ impl World {
             }
             ["poison", gfn] => vm.poison(hex(gfn) << 12).map(|()| "ok".into()),
             ["protect", id] => vm.write_protect_slot(number(id)).map(ok),
-            ["vcpu"] => vm.create_vcpu().map(|(_, counts)| ok(counts)),
+            ["vcpu"] => vm.add_vcpu().map(|(_, counts)| ok(counts)),
+            ["init"] => vm.init().map(ok),
+            ["create-vcpu"] => vm.create_vcpu().map(|_| "ok".into()),
+            ["init-vcpu", id] => vm.init_vcpu(number(id)).map(ok),
             ["load", id] => vm.load_mmu(number(id)).map(ok),
             ["load-both"] => std::thread::scope(|scope| {
                 let loads = [0, 1].map(|vcpu| scope.spawn(move || vm.load_mmu(vcpu)));
