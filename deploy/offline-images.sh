@@ -3,14 +3,14 @@
 # files of this host. For machines that can pull no image: a test of the very same Dockerfile and
 # compose file, with programs that the host has built. Needs a docker engine; takes a second.
 #
+#   cargo build --release --locked && cargo build --release --locked -p trace-sink
 #   deploy/offline-images.sh
-#   cargo build --release --locked
 #   BUILD_TARGET=prebuilt JAEGER_IMAGE=tdx-mmu-jaeger-stand-in:local docker-compose up -d --build
 #
 # runtime  takes the place of RUNTIME_IMAGE under the very same name: the host's C library, its CA
 #          certificates, a user. An image of that name that is not a stand-in is left alone.
-# jaeger   answers on 16686 with a page that says what it is, and refuses OTLP on 4317, so exporters
-#          do what they do when no collector is there. Needs a static busybox (busybox-static).
+# jaeger   trace-sink of this project: receives OTLP on 4317 and answers the query API on 16686, so a
+#          trace can be read back. Taken from PREBUILT_DIR (default: target/release).
 set -euo pipefail
 exec </dev/null
 
@@ -48,8 +48,10 @@ shared_objects() {
     done
 }
 
-make_runtime() {
-    local root=$work/runtime object
+# A root folder with the C library, CA certificates and a user: what a static or dynamic program of
+# this host needs to run.
+make_root() {
+    local root=$1 object
     mkdir -p "$root"/{etc/ssl/certs,home/nonroot,tmp}
     chmod 1777 "$root/tmp"
     chmod 0777 "$root/home/nonroot" # owned by root in the archive
@@ -64,21 +66,22 @@ make_runtime() {
     printf 'root:x:0:0:root:/root:/sbin/nologin\nnonroot:x:65532:65532:nonroot:/home/nonroot:/sbin/nologin\n' >"$root/etc/passwd"
     printf 'root:x:0:\nnonroot:x:65532:\n' >"$root/etc/group"
     printf 'passwd: files\ngroup: files\nhosts: files dns\n' >"$root/etc/nsswitch.conf"
-    import "$runtime_image" "$root" "USER 65532:65532" "WORKDIR /home/nonroot"
+}
+
+make_runtime() {
+    make_root "$work/runtime"
+    import "$runtime_image" "$work/runtime" "USER 65532:65532" "WORKDIR /home/nonroot"
 }
 
 make_jaeger() {
-    local root=$work/jaeger busybox
-    busybox=$(command -v busybox || true)
-    if [[ -z $busybox ]] || ldd "$busybox" >/dev/null 2>&1; then
-        echo "offline-images: no static busybox here (package busybox-static): no stand-in for Jaeger" >&2
+    local root=$work/jaeger program=${PREBUILT_DIR:-target/release}/trace-sink
+    if [[ ! -x $program ]]; then
+        echo "offline-images: $program is not there: no stand-in for Jaeger" >&2
         return
     fi
-    mkdir -p "$root"/{bin,www}
-    cp --dereference "$busybox" "$root/bin/busybox"
-    echo "stand-in for Jaeger: nothing is recorded here" >"$root/www/index.html"
-    import "$jaeger_image" "$root" "USER 65532:65532" "EXPOSE 16686" \
-        'CMD ["/bin/busybox", "httpd", "-f", "-p", "16686", "-h", "/www"]'
+    make_root "$root"
+    cp "$program" "$root/trace-sink"
+    import "$jaeger_image" "$root" "USER 65532:65532" "EXPOSE 4317 16686" 'CMD ["/trace-sink"]'
 }
 
 make_runtime

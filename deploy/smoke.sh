@@ -17,6 +17,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export COMPOSE_FILE=deploy/docker-compose.yml COMPOSE_PROJECT_NAME=${SMOKE_PROJECT:-tdx-mmu-smoke}
 jaeger=http://127.0.0.1:${JAEGER_UI_PORT:-16686}
 services=(tdx-module-svc mmu-service)
+# The client is a process of its own, and the root of the trace.
+traced=("${services[@]}" mmuctl)
 
 if [[ -n ${COMPOSE:-} ]]; then
     read -ra compose <<<"$COMPOSE"
@@ -102,17 +104,18 @@ echo "$audit"
 client vm destroy "$vm" >/dev/null
 
 # The stable query API (v3); it answers in the shape of OTLP/JSON.
-trace_has_both_services() {
+trace_has_every_process() {
     local spans service
     spans=$(get "$jaeger/api/v3/traces/$trace") || return 1
-    for service in "${services[@]}"; do
+    for service in "${traced[@]}"; do
         grep -q "\"$service\"" <<<"$spans" || return 1
     done
+    grep -q '"TDH\.MEM\.PAGE\.AUG"' <<<"$spans"
 }
 if get "$jaeger/api/v3/services" 2>/dev/null | grep -q '"services"'; then
     [[ -n $trace ]] || die "the fault told no trace_id"
-    poll 30 "Jaeger has the trace with spans of ${services[*]}: $jaeger/trace/$trace" \
-        trace_has_both_services || die "Jaeger does not show trace $trace with both services"
+    poll 30 "Jaeger has the trace with spans of ${traced[*]}: $jaeger/trace/$trace" \
+        trace_has_every_process || die "Jaeger does not show trace $trace with spans of ${traced[*]}"
 elif [[ -n ${SMOKE_REQUIRE_JAEGER:-} ]]; then
     die "no Jaeger answers on $jaeger"
 else

@@ -1,99 +1,67 @@
 //! One fault is one trace through three processes, seen by a real OTLP receiver.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex};
+use std::net::SocketAddr;
 
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
-    TraceService, TraceServiceServer,
-};
-use opentelemetry_proto::tonic::collector::trace::v1::{
-    ExportTraceServiceRequest, ExportTraceServiceResponse,
-};
-use opentelemetry_proto::tonic::common::v1::any_value::Value;
-use opentelemetry_proto::tonic::trace::v1::Span;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Request, Response, Status};
+use trace_sink::{Received, Store};
 
 use crate::common::Services;
 
-/// Spans as they arrived, each with the `service.name` of its process.
-#[derive(Clone, Default)]
-struct Collected(Arc<Mutex<Vec<(String, Span)>>>);
-
-#[tonic::async_trait]
-impl TraceService for Collected {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let mut spans = self.0.lock().unwrap();
-        for resource_spans in request.into_inner().resource_spans {
-            let attributes = resource_spans.resource.unwrap_or_default().attributes;
-            let service = attributes
-                .into_iter()
-                .find(|attribute| attribute.key == "service.name")
-                .and_then(|attribute| attribute.value?.value)
-                .and_then(|value| match value {
-                    Value::StringValue(name) => Some(name),
-                    _ => None,
-                })
-                .unwrap_or_default();
-            for scope in resource_spans.scope_spans {
-                spans.extend(scope.spans.into_iter().map(|span| (service.clone(), span)));
-            }
-        }
-        Ok(Response::new(ExportTraceServiceResponse::default()))
-    }
-}
-
-/// An OTLP collector on an ephemeral port, until dropped.
+/// An OTLP collector on ephemeral ports, until dropped.
 struct Receiver {
-    spans: Collected,
+    spans: Store,
     endpoint: String,
+    query: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Receiver {
     fn start() -> Self {
-        let spans = Collected::default();
+        let spans = Store::default();
         let (stop, stopped) = oneshot::channel::<()>();
         let (tell, told) = std::sync::mpsc::channel();
-        let service = TraceServiceServer::new(spans.clone());
+        let store = spans.clone();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build();
             runtime.unwrap().block_on(async {
-                let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-                tell.send(listener.local_addr().unwrap()).unwrap();
-                let _ = tonic::transport::Server::builder()
-                    .add_service(service)
-                    .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
-                        let _ = stopped.await;
-                    })
-                    .await;
+                let otlp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                let query = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                let addresses = (otlp.local_addr().unwrap(), query.local_addr().unwrap());
+                tell.send(addresses).unwrap();
+                let stop = async {
+                    let _ = stopped.await;
+                };
+                trace_sink::run(store, otlp, query, stop).await.unwrap();
             });
         });
-        let endpoint = format!("http://{}", told.recv().unwrap());
+        let (otlp, query) = told.recv().unwrap();
         Self {
             spans,
-            endpoint,
+            endpoint: format!("http://{otlp}"),
+            query,
             stop: Some(stop),
             thread: Some(thread),
         }
     }
 
-    /// The spans of one trace.
-    fn trace(&self, trace_id: &str) -> Vec<(String, Span)> {
-        let spans = self.spans.0.lock().unwrap();
-        spans
-            .iter()
-            .filter(|(_, span)| hex(&span.trace_id) == trace_id)
-            .cloned()
-            .collect()
+    /// What `GET` answers on the query port.
+    fn get(&self, path: &str) -> String {
+        use std::io::{Read as _, Write as _};
+        let mut stream = std::net::TcpStream::connect(self.query).unwrap();
+        let host = self.query;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        )
+        .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
     }
 }
 
@@ -104,10 +72,6 @@ impl Drop for Receiver {
             let _ = thread.join();
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[test]
@@ -126,38 +90,35 @@ fn one_fault_is_one_trace_with_spans_of_three_processes() {
     // Ending flushes what is not sent yet.
     drop(services);
 
-    let spans = receiver.trace(&trace_id);
-    let processes: BTreeSet<&str> = spans.iter().map(|(service, _)| service.as_str()).collect();
+    let spans = receiver.spans.trace(&trace_id);
+    let processes: BTreeSet<&str> = spans.iter().map(Received::service).collect();
     assert_eq!(
         processes,
         BTreeSet::from(["mmu-service", "mmuctl", "tdx-module-svc"])
     );
 
-    let by_id: BTreeMap<&[u8], &(String, Span)> = spans
+    let by_id: BTreeMap<&[u8], &Received> = spans
         .iter()
-        .map(|span| (span.1.span_id.as_slice(), span))
+        .map(|received| (received.span.span_id.as_slice(), received))
         .collect();
-    let roots: Vec<_> = spans
+    let (roots, children): (Vec<&Received>, Vec<&Received>) = spans
         .iter()
-        .filter(|(_, span)| span.parent_span_id.is_empty())
-        .collect();
+        .partition(|received| received.span.parent_span_id.is_empty());
     assert_eq!(roots.len(), 1, "{roots:?}");
-    assert_eq!(roots[0].0, "mmuctl");
-    for (service, span) in spans
-        .iter()
-        .filter(|(_, span)| !span.parent_span_id.is_empty())
-    {
+    assert_eq!(roots[0].service(), "mmuctl");
+    for received in children {
         assert!(
-            by_id.contains_key(span.parent_span_id.as_slice()),
-            "{service} {}",
-            span.name
+            by_id.contains_key(received.span.parent_span_id.as_slice()),
+            "{} {}",
+            received.service(),
+            received.span.name
         );
     }
 
     let count = |process: &str, name: &str| {
         spans
             .iter()
-            .filter(|(service, span)| service == process && span.name == name)
+            .filter(|received| received.service() == process && received.span.name == name)
             .count()
     };
     for (process, name, expected) in [
@@ -172,4 +133,13 @@ fn one_fault_is_one_trace_with_spans_of_three_processes() {
     ] {
         assert_eq!(count(process, name), expected, "{process}: {name}");
     }
+
+    // What stands in for Jaeger tells the same over the query API.
+    let answer = receiver.get(&format!("/api/v3/traces/{trace_id}"));
+    for expected in ["resourceSpans", "TDH.MEM.PAGE.AUG", "mmuctl", &trace_id] {
+        assert!(answer.contains(expected), "{expected} is not in {answer}");
+    }
+    let unknown = receiver.get("/api/v3/traces/00000000000000000000000000000001");
+    assert!(unknown.starts_with("HTTP/1.1 404"), "{unknown}");
+    assert!(receiver.get("/api/v3/services").contains("tdx-module-svc"));
 }
