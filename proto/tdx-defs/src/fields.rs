@@ -26,8 +26,22 @@ pub mod field {
     pub const TDCS_EPTP: u64 = 0x1110_0003_0000_0004;
     /// TDCS: TD attributes.
     pub const TDCS_ATTRIBUTES: u64 = 0x1110_0003_0000_0000;
+    /// TDCS: extended features.
+    pub const TDCS_XFAM: u64 = 0x1110_0003_0000_0001;
+    /// TDCS: most vCPUs that the TD may have.
+    pub const TDCS_MAX_VCPUS: u64 = 0x1110_0002_0000_0002;
+    /// TDCS: TSC frequency in units of 25 MHz.
+    pub const TDCS_TSC_FREQUENCY: u64 = 0x1110_0001_0000_000C;
+    /// TDCS: CONFIG_FLAGS.
+    pub const TDCS_CONFIG_FLAGS: u64 = 0x1110_0003_0000_0016;
+    /// TDCS: controls that the guest may change; bit 0 PENDING_VE_DISABLE.
+    pub const TDCS_TD_CTLS: u64 = 0x1110_0003_0000_0017;
     /// TDCS: TLB tracking epoch.
     pub const TDCS_TD_EPOCH: u64 = 0x9210_0003_0000_0000;
+    /// TDCS: vCPUs inside since an even epoch; the next code is that of odd ones.
+    pub const TDCS_REFCOUNT: u64 = 0x9210_0001_0000_0001;
+    /// TDCS: first of the 24 8-byte words of the four RTMRs.
+    pub const TDCS_RTMR: u64 = 0x1310_0003_0000_0040;
     /// TDCS: first of the six 8-byte words of MRTD.
     pub const TDCS_MRTD: u64 = 0x1310_0003_0000_0000;
     /// TDVPS: VMCS pointer to the shared EPT.

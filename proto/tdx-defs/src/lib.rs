@@ -6,6 +6,7 @@
 
 mod addr;
 mod fields;
+mod guest;
 mod layout;
 mod leaf;
 mod level;
@@ -18,6 +19,7 @@ mod td_params;
 
 pub use addr::{ALL_ONES_HPA, AddrError, Gfn, Gpa, Hpa, PAGE_SHIFT, PAGE_SIZE, Pfn};
 pub use fields::field;
+pub use guest::{Gpr, Gprs, GuestLeaf};
 pub use layout::{GpaLayout, Gpaw, Visibility};
 pub use leaf::Leaf;
 pub use level::{Level, LevelError, TdxLevel};

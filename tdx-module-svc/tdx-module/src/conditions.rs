@@ -5,6 +5,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+/// Vector of the interrupts that the host sends here: Linux's reschedule vector, with which it
+/// kicks vCPUs.
+pub(crate) const HOST_VECTOR: u8 = 0xFD;
+
 /// Outcome of programming an encryption key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -25,6 +29,7 @@ pub(crate) struct Conditions {
     /// Checks of a call that pass before it sees the interrupt.
     interrupt_after: AtomicU32,
     key_program: AtomicU8,
+    no_flushes: AtomicBool,
 }
 
 impl Conditions {
@@ -64,6 +69,15 @@ impl Conditions {
             2 => KeyProgramResult::EntropyError,
             _ => KeyProgramResult::Ok,
         }
+    }
+
+    /// Whether TLB flushes are left out, a defect of the module that a test puts in.
+    pub(crate) fn leaves_out_flushes(&self) -> bool {
+        self.no_flushes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn leave_out_flushes(&self, leave_out: bool) {
+        self.no_flushes.store(leave_out, Ordering::Relaxed);
     }
 
     pub(crate) fn set_key_program(&self, result: KeyProgramResult) {

@@ -6,8 +6,9 @@
 use std::cell::OnceCell;
 use std::sync::Arc;
 
-use tdx_defs::{CompletionStatus, Leaf, OperandId, PAGE_SIZE, Seamcall, SeamcallResult};
+use tdx_defs::{CompletionStatus, Gpr, Gprs, Leaf, OperandId, PAGE_SIZE, Seamcall, SeamcallResult};
 
+use crate::guest::Entry;
 use crate::leaves;
 use crate::td::Td;
 use crate::{LpId, Module};
@@ -138,8 +139,7 @@ const VERSIONED: [Leaf; 8] = [
 
 /// Finds the code of a leaf.
 ///
-/// Model: leaves that this model does not carry out (running vCPUs, migration, service TDs,
-/// metadata of the system) are answered like numbers without a leaf.
+/// Model: leaves that this model does not carry out (migration, service TDs, dynamic PAMT) are answered like numbers without a leaf.
 fn code_of(leaf: Leaf) -> Option<Code> {
     use Code::{Many, One};
     Some(match leaf {
@@ -151,6 +151,7 @@ fn code_of(leaf: Leaf) -> Option<Code> {
         Leaf::MNG_KEY_FREEID => One(leaves::mng_key_freeid),
         Leaf::MNG_KEY_RECLAIMID => One(leaves::mng_key_reclaimid),
         Leaf::MNG_RD => One(leaves::mng_rd),
+        Leaf::VP_ENTER => One(leaves::vp_enter),
         Leaf::VP_CREATE => One(leaves::vp_create),
         Leaf::VP_ADDCX => One(leaves::vp_addcx),
         Leaf::VP_INIT => One(leaves::vp_init),
@@ -191,12 +192,9 @@ pub(crate) fn seamcall(module: &Module, lp: LpId, call: &Seamcall) -> SeamcallRe
     if call.count() == 0 {
         return SeamcallResult::default();
     }
-    let regs = Regs::of(call);
-    if call.version > 0 && !VERSIONED.contains(&call.leaf) {
-        return regs.result(CompletionStatus::OPERAND_INVALID.with(OperandId::RAX), 0);
-    }
-    let Some(code) = code_of(call.leaf) else {
-        return regs.result(CompletionStatus::OPERAND_INVALID.with(OperandId::RAX), 0);
+    let code = match check_call(call) {
+        Ok(code) => code,
+        Err(fail) => return Regs::of(call).result(fail.status, 0),
     };
     let cx = Cx {
         module,
@@ -213,6 +211,49 @@ pub(crate) fn seamcall(module: &Module, lp: LpId, call: &Seamcall) -> SeamcallRe
         }
     }
     run.regs.result(CompletionStatus::SUCCESS, run.completed)
+}
+
+/// The checks before any leaf runs.
+fn check_call(call: &Seamcall) -> Result<Code, Fail> {
+    let unknown = CompletionStatus::OPERAND_INVALID.with(OperandId::RAX);
+    if call.version > 0 && !VERSIONED.contains(&call.leaf) {
+        return Err(unknown.into());
+    }
+    code_of(call.leaf).ok_or(unknown.into())
+}
+
+/// TDH.VP.ENTER for a host that plays the guest.
+pub(crate) fn enter_vcpu(module: &Module, lp: LpId, call: &Seamcall) -> Entry {
+    let call = Seamcall {
+        leaf: Leaf::VP_ENTER,
+        repeat: None,
+        ..call.clone()
+    };
+    let mut regs = Regs::of(&call);
+    let cx = Cx {
+        module,
+        lp: lp.0,
+        td: OnceCell::new(),
+    };
+    let entered =
+        check_call(&call).and_then(|_| leaves::enter(&cx, &mut regs, &host_registers(&call)));
+    match entered {
+        Ok(vmcall) => Entry::Entered { vmcall },
+        Err(fail) => Entry::Refused(regs.result(fail.status, 0)),
+    }
+}
+
+/// The registers that the host may pass to the guest.
+fn host_registers(call: &Seamcall) -> Gprs {
+    Gprs::default()
+        .with(Gpr::Rcx, call.rcx)
+        .with(Gpr::Rdx, call.rdx)
+        .with(Gpr::R8, call.r8)
+        .with(Gpr::R9, call.r9)
+        .with(Gpr::R10, call.r10)
+        .with(Gpr::R11, call.r11)
+        .with(Gpr::R12, call.r12)
+        .with(Gpr::R13, call.r13)
 }
 
 /// The next call of a run, or the next few.
@@ -247,14 +288,14 @@ fn write_operand(module: &Module, call: &Seamcall, regs: &Regs, run: u32) {
     if call.leaf == Leaf::MEM_PAGE_ADD && a_page_each {
         let mut pages = call.data.chunks_exact(unit);
         if let Some(page) = usize::try_from(run).ok().and_then(|run| pages.nth(run)) {
-            module.host.write(hpa, page);
+            module.write_host_memory(hpa, page);
         }
     } else if run == 0 {
-        module.host.write(hpa, &call.data);
+        module.write_host_memory(hpa, &call.data);
         // Shorter data stands for a whole operand: the rest of its last unit is zero.
         let rest = call.data.len().next_multiple_of(unit) - call.data.len();
         if let Some(end) = hpa.checked_add(call.data.len() as u64) {
-            module.host.write(end, &vec![0; rest]);
+            module.write_host_memory(end, &vec![0; rest]);
         }
     }
 }
@@ -279,6 +320,30 @@ impl Regs {
             r9,
             r10,
             r11,
+        }
+    }
+
+    /// Sets every output register to what a TD exit leaves in it.
+    pub(crate) fn set_outputs(&mut self, gprs: &Gprs) {
+        let &mut Self {
+            ref mut rcx,
+            ref mut rdx,
+            ref mut r8,
+            ref mut r9,
+            ref mut r10,
+            ref mut r11,
+            ..
+        } = self;
+        let targets = [
+            (rcx, Gpr::Rcx),
+            (rdx, Gpr::Rdx),
+            (r8, Gpr::R8),
+            (r9, Gpr::R9),
+            (r10, Gpr::R10),
+            (r11, Gpr::R11),
+        ];
+        for (target, register) in targets {
+            *target = gprs[register];
         }
     }
 

@@ -100,6 +100,18 @@ impl Module {
         self.conditions.set_key_program(result);
     }
 
+    /// Puts a defect into the module: it no longer flushes TLBs. With it a test sees that a missing
+    /// flush is noticed.
+    pub fn leave_out_tlb_flushes(&self, leave_out: bool) {
+        self.conditions.leave_out_flushes(leave_out);
+    }
+
+    /// Marks a TD fatal, as a machine check in its memory would. Answers whether it is there.
+    pub fn mark_fatal(&self, tdr: Hpa) -> bool {
+        let td = self.tds.get(tdr);
+        td.map(|td| td.set_fatal()).is_some()
+    }
+
     fn with_lock(&self, object: LockObject, act: impl FnOnce(Lock<'_>) -> bool) -> bool {
         let with_td =
             |tdr, act: &mut dyn FnMut(&Td) -> bool| self.tds.get(tdr).is_some_and(|td| act(&td));

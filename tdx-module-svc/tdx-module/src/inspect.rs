@@ -15,6 +15,8 @@ pub struct TdInfo {
     pub tdr: Hpa,
     /// TDR.LIFECYCLE_STATE.
     pub lifecycle: Lifecycle,
+    /// TDR.FATAL.
+    pub is_fatal: bool,
     /// Its key id.
     pub hkid: u16,
     /// Control pages.
@@ -33,6 +35,8 @@ pub struct TdInfo {
     pub num_assoc_vcpus: u32,
     /// MRTD, once final.
     pub mrtd: Option<[u8; DIGEST_SIZE]>,
+    /// The run-time measurements.
+    pub rtmrs: [[u8; DIGEST_SIZE]; 4],
 }
 
 /// A Secure EPT entry that is not free.
@@ -80,6 +84,7 @@ fn describe(td: &Td) -> TdInfo {
     TdInfo {
         tdr: td.tdr(),
         lifecycle: td.lifecycle(),
+        is_fatal: td.is_fatal(),
         hkid: td.hkid(),
         num_tdcx: td.num_tdcx(),
         children: td.children(),
@@ -89,6 +94,7 @@ fn describe(td: &Td) -> TdInfo {
         num_vcpus: td.num_vcpus(),
         num_assoc_vcpus: td.num_assoc_vcpus(),
         mrtd: td.measurement().mrtd(),
+        rtmrs: td.rtmrs().values(),
     }
 }
 

@@ -16,6 +16,7 @@
 //! | `checks` | the check sequences that leaves share |
 //! | `td` | TDR, TDCS, TLB tracking, vCPUs, key ownership |
 //! | `sept` | Secure EPT entries, their states, tables and the walk |
+//! | `guest` | what happens inside a TD, one event at a time |
 //! | `pamt` | metadata of physical pages |
 //! | `locks` | try-locks with host priority |
 //! | `measure`, `memory` | MRTD, page contents |
@@ -33,6 +34,8 @@ mod leaves;
 
 mod checks;
 
+mod guest;
+
 mod td;
 
 mod sept;
@@ -45,16 +48,20 @@ mod measure;
 mod memory;
 
 mod conditions;
-#[doc(hidden)]
 pub mod hooks;
-#[doc(hidden)]
+mod host_access;
 pub mod inspect;
 mod usage;
 
 use std::sync::Mutex;
 
-use tdx_defs::{Hpa, Seamcall, SeamcallResult};
+use tdx_defs::{Seamcall, SeamcallResult};
 
+pub use guest::{
+    AccessKind, Entry, GuestError, GuestOp, GuestStep, MAX_ACCESS, Resumed, TdExit, Tdcall,
+    Translation, Vector, Violation, Violations,
+};
+pub use host_access::PRIVATE_PATTERN;
 pub use locks::LockMode;
 pub use measure::{CHUNK_SIZE, DIGEST_SIZE};
 pub use memory::HOST_PAGES;
@@ -65,6 +72,7 @@ pub use td::{Lifecycle, OpState};
 pub use usage::Usage;
 
 use conditions::Conditions;
+use guest::{Processors, ViolationCounters};
 use leaves::CacheWriteBack;
 use memory::{HostMemory, PrivateMemory};
 use pamt::Pamt;
@@ -90,6 +98,8 @@ pub struct Module {
     write_back: Box<[Mutex<CacheWriteBack>]>,
     counters: Counters,
     conditions: Conditions,
+    processors: Processors,
+    violations: ViolationCounters,
 }
 
 impl std::fmt::Debug for Module {
@@ -118,6 +128,8 @@ impl Module {
             write_back: (0..config.packages).map(|_| Mutex::default()).collect(),
             counters: Counters::new(config.logical_processors),
             conditions: Conditions::default(),
+            processors: Processors::new(config.logical_processors),
+            violations: ViolationCounters::default(),
             config,
         })
     }
@@ -139,10 +151,5 @@ impl Module {
             hkids_in_use: self.kot.in_use(),
             pages: self.counters.pages(),
         }
-    }
-
-    /// The host writes to its memory. At most [`HOST_PAGES`] pages are kept.
-    pub fn write_host_memory(&self, hpa: Hpa, bytes: &[u8]) {
-        self.host.write(hpa, bytes);
     }
 }

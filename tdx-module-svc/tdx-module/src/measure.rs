@@ -1,4 +1,4 @@
-//! MRTD: the measurement of a TD's initial contents.
+//! MRTD: the measurement of a TD's initial contents; RTMR: those that the guest makes.
 //!
 //! Source: TDX module source, tdh_mem_page_add.c, tdh_mr_extend.c, tdh_mr_finalize.c, sha384.h.
 //! The order of the calls matters: each appends its record to one SHA-384.
@@ -6,13 +6,20 @@
 //! TDH.MEM.PAGE.ADD appends 128 bytes: its name at 0, the GPA at 16 (little-endian), zeros.
 //! TDH.MR.EXTEND appends such a block and then the 256 bytes of the chunk.
 
+use std::sync::{Mutex, PoisonError};
+
 use sha2::{Digest, Sha384};
 use tdx_defs::Gpa;
+
+use crate::locks::Lock;
 
 /// Bytes of a SHA-384 digest.
 pub const DIGEST_SIZE: usize = 48;
 /// Bytes that one TDH.MR.EXTEND measures.
 pub const CHUNK_SIZE: usize = 256;
+
+/// Number of run-time measurements.
+pub(crate) const RTMRS: usize = 4;
 
 const RECORD_SIZE: usize = 128;
 const GPA_AT: usize = 16;
@@ -55,6 +62,42 @@ impl Measurement {
         bytes
             .get(word)
             .map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
+}
+
+/// A digest.
+type DigestBytes = [u8; DIGEST_SIZE];
+
+/// The run-time measurements, zero at first.
+#[derive(Debug)]
+pub(crate) struct Rtmrs {
+    /// RTMR: held by the guest call that extends one.
+    pub(crate) lock: Lock,
+    values: Mutex<[DigestBytes; RTMRS]>,
+}
+
+impl Default for Rtmrs {
+    fn default() -> Self {
+        Self {
+            lock: Lock::default(),
+            values: Mutex::new([[0; DIGEST_SIZE]; RTMRS]),
+        }
+    }
+}
+
+impl Rtmrs {
+    /// Replaces a measurement by the digest of itself and `data`.
+    pub(crate) fn extend(&self, index: usize, data: &DigestBytes) {
+        let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(value) = values.get_mut(index) {
+            let digest = Sha384::new().chain_update(&value[..]).chain_update(data);
+            value.copy_from_slice(&digest.finalize());
+        }
+    }
+
+    /// All of them.
+    pub(crate) fn values(&self) -> [DigestBytes; RTMRS] {
+        *self.values.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -143,6 +186,25 @@ mod tests {
                 .collect();
             assert_eq!(hex, expected, "{case}");
         }
+    }
+
+    #[test]
+    fn run_time_measurements_have_their_known_values() {
+        let rtmrs = Rtmrs::default();
+        let hex = |index: usize| -> String {
+            let value = rtmrs.values()[index];
+            value.iter().map(|b| format!("{b:02x}")).collect()
+        };
+        rtmrs.extend(1, &[0; DIGEST_SIZE]);
+        let once = "f57bb7ed82c6ae4a29e6c9879338c592c7d42a39135583e8ccbe3940f2344b0eb6eb8503db0ffd6a39ddd00cd07d8317";
+        assert_eq!(hex(1), once);
+        rtmrs.extend(1, &[0; DIGEST_SIZE]);
+        let twice = "11143121beb365e63826e7de89f9c76ae1100411fb9643d198e730b7603a83a4977c76eee6ddf74fa0b43fbf49897978";
+        assert_eq!(hex(1), twice);
+        rtmrs.extend(3, &[0xFF; DIGEST_SIZE]);
+        let ones = "7d4fd80ec2887e82b1a453745c5cbd24e2be56273d311fd7ab567c50c7a3a37065b7328375dc9045fb0fe02e12d34d75";
+        assert_eq!(hex(3), ones);
+        assert_eq!(hex(0), "0".repeat(96));
     }
 
     #[test]

@@ -26,7 +26,8 @@ const SHARDS: usize = 64;
 /// Contents of a page.
 pub(crate) type Page = [u8; PAGE];
 
-fn offset_in_page(hpa: u64) -> usize {
+/// The offset of an address in its page.
+pub(crate) fn offset_in_page(hpa: u64) -> usize {
     (hpa & (PAGE_SIZE - 1)) as usize
 }
 
@@ -106,10 +107,28 @@ impl HostMemory {
 
 type Pages = HashMap<Pfn, Box<Page>>;
 
+/// Whether private memory is what its TD wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "a poisoned read is a machine check"]
+pub(crate) enum Integrity {
+    Good,
+    /// The host wrote to it.
+    Poisoned,
+}
+
+/// What is stored of a private page.
+#[derive(Debug)]
+pub(crate) enum Stored {
+    Content(Box<Page>),
+    Poisoned,
+}
+
+type PrivatePages = HashMap<Pfn, Stored>;
+
 /// Contents of private pages, by 4 KiB frame.
 #[derive(Debug)]
 pub(crate) struct PrivateMemory {
-    shards: Box<[Mutex<Pages>]>,
+    shards: Box<[Mutex<PrivatePages>]>,
 }
 
 impl Default for PrivateMemory {
@@ -121,7 +140,7 @@ impl Default for PrivateMemory {
 }
 
 impl PrivateMemory {
-    fn shard(&self, frame: Pfn) -> MutexGuard<'_, Pages> {
+    fn shard(&self, frame: Pfn) -> MutexGuard<'_, PrivatePages> {
         let shard = (frame.get() & 0x3F) as usize;
         lock(&self.shards[shard])
     }
@@ -130,38 +149,61 @@ impl PrivateMemory {
     pub(crate) fn fill(&self, frame: Pfn, page: Box<Page>) -> bool {
         let stored = page.iter().any(|byte| *byte != 0);
         if stored {
-            self.shard(frame).insert(frame, page);
+            self.shard(frame).insert(frame, Stored::Content(page));
         }
         stored
     }
 
     /// Takes the contents of a page away.
-    pub(crate) fn take(&self, frame: Pfn) -> Option<Box<Page>> {
+    pub(crate) fn take(&self, frame: Pfn) -> Option<Stored> {
         self.shard(frame).remove(&frame)
     }
 
+    /// Puts back what [`PrivateMemory::take`] took, at another page.
+    pub(crate) fn put(&self, frame: Pfn, stored: Stored) {
+        self.shard(frame).insert(frame, stored);
+    }
+
+    /// Spoils a page.
+    pub(crate) fn poison(&self, frame: Pfn) {
+        self.put(frame, Stored::Poisoned);
+    }
+
     /// Reads bytes that lie in one page.
-    pub(crate) fn read(&self, hpa: Hpa, bytes: &mut [u8]) {
+    pub(crate) fn read(&self, hpa: Hpa, bytes: &mut [u8]) -> Integrity {
         let offset = offset_in_page(hpa.get());
-        let shard = self.shard(hpa.frame());
-        match shard
-            .get(&hpa.frame())
-            .and_then(|page| page.get(offset..offset + bytes.len()))
-        {
-            Some(stored) => bytes.copy_from_slice(stored),
-            None => bytes.fill(0),
+        let stored = match self.shard(hpa.frame()).get(&hpa.frame()) {
+            Some(Stored::Poisoned) => return Integrity::Poisoned,
+            Some(Stored::Content(page)) => match page.get(offset..offset + bytes.len()) {
+                Some(stored) => {
+                    bytes.copy_from_slice(stored);
+                    true
+                }
+                None => false,
+            },
+            None => false,
+        };
+        if !stored {
+            bytes.fill(0);
         }
+        Integrity::Good
     }
 
     /// Writes bytes that lie in one page.
-    pub(crate) fn write(&self, hpa: Hpa, bytes: &[u8]) {
+    pub(crate) fn write(&self, hpa: Hpa, bytes: &[u8]) -> Integrity {
         let offset = offset_in_page(hpa.get());
         let mut shard = self.shard(hpa.frame());
-        let page = shard
+        let stored = shard
             .entry(hpa.frame())
-            .or_insert_with(|| Box::new([0; PAGE]));
-        if let Some(target) = page.get_mut(offset..offset + bytes.len()) {
-            target.copy_from_slice(bytes);
+            .or_insert_with(|| Stored::Content(Box::new([0; PAGE])));
+        match stored {
+            Stored::Poisoned => Integrity::Poisoned,
+            Stored::Content(page) => {
+                if let Some(target) = page.get_mut(offset..offset + bytes.len()) {
+                    target.copy_from_slice(bytes);
+                }
+                Integrity::Good
+            }
         }
     }
 }
@@ -215,9 +257,9 @@ mod tests {
         let memory = PrivateMemory::default();
         assert!(!memory.fill(Pfn::new(1), Box::new([0; PAGE])));
         assert!(memory.fill(Pfn::new(1), Box::new([5; PAGE])));
-        memory.write(Hpa::new(0x1008), &[6]);
+        assert_eq!(memory.write(Hpa::new(0x1008), &[6]), Integrity::Good);
         let mut bytes = [0; 2];
-        memory.read(Hpa::new(0x1007), &mut bytes);
+        assert_eq!(memory.read(Hpa::new(0x1007), &mut bytes), Integrity::Good);
         assert_eq!(bytes, [5, 6]);
         assert!(memory.take(Pfn::new(1)).is_some());
         assert!(memory.take(Pfn::new(1)).is_none());

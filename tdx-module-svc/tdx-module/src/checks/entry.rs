@@ -45,14 +45,19 @@ impl<'t> Running<'t> {
         self.release == Release::R1_5_05
     }
 
+    /// The release that answers.
+    pub(crate) fn release(&self) -> Release {
+        self.release
+    }
+
+    /// Bound of GPAs that the platform sets, in bits.
+    pub(crate) fn platform_maxpa(&self) -> Option<u8> {
+        self.platform_maxpa
+    }
+
     /// GPA-VALID: private, and within the TD's address width.
     pub(crate) fn check_gpa(&self, gpa: Gpa) -> Result<(), Fail> {
-        let width = if self.config.wide_gpa { 52 } else { 48 };
-        let shared = 1 << (width - 1);
-        let limit = self
-            .platform_maxpa
-            .map_or(width, |maxpa| width.min(u32::from(maxpa)));
-        if gpa.get() & shared != 0 || gpa.get() >> limit != 0 {
+        if !self.config.is_private_gpa(gpa, self.platform_maxpa) {
             return Err(invalid(OperandId::RCX));
         }
         Ok(())

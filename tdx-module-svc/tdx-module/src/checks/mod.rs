@@ -10,16 +10,32 @@ mod td;
 use tdx_defs::{ALL_ONES_HPA, CompletionStatus as Status, OperandId};
 
 use crate::dispatch::Fail;
+use crate::memory::Integrity;
 use crate::sept::SeptEntry;
+use crate::td::Td;
 
 pub(crate) use entry::{HeldEntry, SeptOperand, Tree};
 pub(crate) use page::{FreePages, Taken};
-pub(crate) use td::{OpStateLock, Running};
+pub(crate) use td::{LockedTd, OpStateLock, Running};
 
 /// Something that the model's invariants rule out. Answered as a fatal TD, the module's own way
 /// out of an inconsistency, rather than by a panic.
 pub(crate) fn inconsistent() -> Fail {
     Status::TD_FATAL.into()
+}
+
+/// The TD is lost when its memory turns out to be spoilt.
+///
+/// Model: on hardware a machine check inside the module stops the processor for good. Here only the
+/// TD is lost.
+pub(crate) fn check_integrity(td: &Td, integrity: Integrity) -> Result<(), Fail> {
+    match integrity {
+        Integrity::Good => Ok(()),
+        Integrity::Poisoned => {
+            td.set_fatal();
+            Err(Status::TD_FATAL.into())
+        }
+    }
 }
 
 /// `TDX_OPERAND_INVALID` with an operand.

@@ -109,7 +109,12 @@ impl Module {
         } else {
             Some(PageSize::Small)
         };
-        size.and_then(|size| self.pamt.entry(entry.page(), size))
+        let page = if entry.is_leaf() {
+            entry.page_at(level)
+        } else {
+            entry.page()
+        };
+        size.and_then(|size| self.pamt.entry(page, size))
             .ok_or_else(inconsistent)
     }
 }

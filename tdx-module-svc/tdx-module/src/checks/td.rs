@@ -133,6 +133,11 @@ pub(crate) struct Running<'t> {
 }
 
 impl LockedTd<'_> {
+    /// Keeps the lock of a TDR that was reached through its owner field: the 4 KiB entry alone.
+    pub(crate) fn keep_lock(self) {
+        std::mem::forget(self._tdr);
+    }
+
     /// STATE up to the number of control pages.
     pub(crate) fn check_usable(&self, tdcs_pages: u8) -> Result<(), Fail> {
         if self.is_fatal() {

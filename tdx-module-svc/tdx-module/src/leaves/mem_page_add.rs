@@ -30,7 +30,7 @@ pub(crate) fn mem_page_add(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let page = module.lock_free_page(regs.r8, OperandId::R8)?;
 
     let mut content = Box::new([0; PAGE]);
-    module.host.read(source, &mut content[..]);
+    module.read_host_page(source, &mut content[..]);
     walk.slot
         .write_alone(module.format.entry(SeptState::MAPPED, page.hpa));
     cx.give_page(&page, PageType::REG, PageSize::Small, &td);

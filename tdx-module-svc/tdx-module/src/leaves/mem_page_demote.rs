@@ -38,6 +38,8 @@ pub(crate) fn mem_page_demote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let held = tree.hold_entry(operand)?;
     held.check_allows(Leaf::MEM_PAGE_DEMOTE)?;
     let old = held.value();
+    // A page that was accepted in part is split as one that was not accepted at all.
+    let first = old.page_at(operand.level);
     let large = module.entry_behind(old, operand.level)?;
     running.check_tracked(&held, large)?;
     let table_page = module.lock_free_page(regs.r8, OperandId::R8)?;
@@ -55,13 +57,13 @@ pub(crate) fn mem_page_demote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
 
     let size = PageSize::of_level(operand.level).ok_or_else(inconsistent)?;
     let child = size.smaller().ok_or_else(inconsistent)?;
-    split_metadata(cx, old.page(), child, large, td.tdr());
+    split_metadata(cx, first, child, large, td.tdr());
     let table = td
         .sept()
         .prepare_child(held.slot())
         .ok_or_else(inconsistent)?;
     let state = old.state().unblocked();
-    for (page, index) in pages_of(old.page(), child).zip(0..ENTRIES) {
+    for (page, index) in pages_of(first, child).zip(0..ENTRIES) {
         Slot::at(table, index, operand.level - 1).write_alone(module.format.entry(state, page));
     }
     // The new table's BEPOCH keeps whatever it was.
@@ -118,7 +120,7 @@ fn check_l2_pages(cx: &Cx<'_>, running: &Running<'_>, regs: &Regs) -> Outcome {
         }
         cx.module.lock_free_page(page & !NOT_NEEDED, operand)?;
         let level = running.config.root_level;
-        let status = Status(0xC000_0B0F << 32).with_details(vm << 16 | u32::from(level));
+        let status = Status::L2_SEPT_WALK_FAILED.with_details(vm << 16 | u32::from(level));
         let rdx = u64::from(vm) << 16 | L2_FREE << 8 | u64::from(level);
         return Err(Fail {
             status,

@@ -34,8 +34,8 @@ pub(crate) fn mem_page_relocate(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
 
     page.entry.assign(PageType::REG, td.tdr());
     if let Some(content) = module.private.take(old.page().frame()) {
-        page.entry
-            .set_content(module.private.fill(page.hpa.frame(), content));
+        module.private.put(page.hpa.frame(), content);
+        page.entry.set_content(true);
     }
     held.commit(module.format.entry(old.state().unblocked(), page.hpa));
     from.free();

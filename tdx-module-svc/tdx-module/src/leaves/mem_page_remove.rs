@@ -41,7 +41,7 @@ fn remove(
         return Err(held.fail(Status::EPT_ENTRY_STATE_INCORRECT));
     }
     held.check_allows(Leaf::MEM_PAGE_REMOVE)?;
-    let page = held.value().page();
+    let page = held.value().page_at(operand.level);
     let size = PageSize::of_level(operand.level).ok_or_else(inconsistent)?;
     let entry = cx.module.entry_behind(held.value(), operand.level)?;
     let _page = entry

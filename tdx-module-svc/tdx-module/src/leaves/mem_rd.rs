@@ -6,10 +6,11 @@
 use tdx_defs::{CompletionStatus as Status, Gpa, Hpa, Leaf, OperandId, TdAttributes};
 
 use super::mr_extend::address_in;
-use crate::checks::{OpStateLock, Running, invalid, with_details};
+use crate::checks::{OpStateLock, Running, check_integrity, invalid, with_details};
 use crate::dispatch::{Cx, Fail, Outcome, Regs};
 use crate::locks::{LockGuard, LockMode};
 use crate::sept::EntryLock;
+use crate::td::Td;
 
 /// What is read or written at once, and its alignment.
 const WORD: usize = size_of::<u64>();
@@ -23,7 +24,7 @@ pub(crate) fn mem_rd(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let td = cx.lock_tdr(rdx, OperandId::RDX, LockMode::Shared)?;
     let running = td.check_state(cx, Leaf::MEM_RD, OpStateLock::Shared)?;
     let target = DebugTarget::find(&running, Leaf::MEM_RD, gpa)?;
-    regs.r8 = target.read(cx);
+    regs.r8 = target.read(cx)?;
     Ok(())
 }
 
@@ -31,6 +32,7 @@ pub(crate) fn mem_rd(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
 pub(super) struct DebugTarget<'t> {
     pub(super) hpa: Hpa,
     pub(super) entry: EntryLock<'t>,
+    pub(super) td: &'t Td,
     _tree: LockGuard<'t>,
 }
 
@@ -63,13 +65,14 @@ impl<'t> DebugTarget<'t> {
         Ok(Self {
             hpa,
             entry,
+            td: running.td,
             _tree: tree,
         })
     }
 
-    pub(super) fn read(&self, cx: &Cx<'_>) -> u64 {
+    pub(super) fn read(&self, cx: &Cx<'_>) -> Result<u64, Fail> {
         let mut word = [0; WORD];
-        cx.module.private.read(self.hpa, &mut word);
-        u64::from_le_bytes(word)
+        check_integrity(self.td, cx.module.private.read(self.hpa, &mut word))?;
+        Ok(u64::from_le_bytes(word))
     }
 }

@@ -6,7 +6,7 @@
 use tdx_defs::{Gpa, Leaf, OperandId};
 
 use super::mem_rd::DebugTarget;
-use crate::checks::OpStateLock;
+use crate::checks::{OpStateLock, check_integrity};
 use crate::dispatch::{Cx, Outcome, Regs};
 use crate::locks::LockMode;
 
@@ -23,8 +23,8 @@ pub(crate) fn mem_wr(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
         .module
         .entry_behind(target.entry.value(), target.entry.slot().level)?;
 
-    regs.r8 = target.read(cx);
+    regs.r8 = target.read(cx)?;
     entry.set_content(true);
-    cx.module.private.write(target.hpa, &value.to_le_bytes());
-    Ok(())
+    let written = cx.module.private.write(target.hpa, &value.to_le_bytes());
+    check_integrity(target.td, written)
 }

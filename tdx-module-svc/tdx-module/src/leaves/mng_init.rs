@@ -26,6 +26,8 @@ const TSC_FREQUENCIES: RangeInclusive<u16> = 4..=400;
 const TSC_ADJUST_MSR: u32 = 0x3B;
 /// CONFIG_FLAGS.GPAW.
 const GPAW: u64 = 1;
+/// CONFIG_FLAGS.NO_RBP_MOD.
+const NO_RBP_MOD: u64 = 1 << 2;
 /// EPTP bits 5:3 are the walk length less one, bits 2:0 the memory type.
 const EPTP_4_LEVEL: u64 = 0x1E;
 const EPTP_5_LEVEL: u64 = 0x26;
@@ -40,7 +42,7 @@ pub(crate) fn mng_init(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     td.check_op_state(Leaf::MNG_INIT)?;
     let params = module.check_host_memory(regs.rdx, TD_PARAMS_SIZE as u64, OperandId::RDX)?;
     let mut bytes = [0; TD_PARAMS_SIZE];
-    module.host.read(params, &mut bytes);
+    module.read_host_page(params, &mut bytes);
     let params = TdParams::from_bytes(&bytes).map_err(|_| inconsistent())?;
 
     td.initialize(check_params(module, &td, &params)?);
@@ -89,9 +91,13 @@ fn check_params(module: &Module, td: &Td, params: &TdParams) -> Result<TdConfig,
     check_reserved(params, 232..256)?;
     Ok(TdConfig {
         attributes,
+        xfam: params.xfam(),
         max_vcpus: params.max_vcpus(),
         num_l2_vms: params.num_l2_vms(),
         wide_gpa,
+        keeps_rbp: flags & NO_RBP_MOD != 0,
+        config_flags: flags,
+        tsc_frequency: params.tsc_frequency(),
         eptp: eptp | td.root_page().get(),
         root_level,
     })

@@ -15,6 +15,7 @@ mod mng_vpflushdone;
 
 mod vp_addcx;
 mod vp_create;
+mod vp_enter;
 mod vp_flush;
 mod vp_init;
 mod vp_rd;
@@ -77,6 +78,7 @@ pub(crate) use phymem_page_wbinvd::phymem_page_wbinvd;
 pub(crate) use sys::{sys_config, sys_init, sys_key_config, sys_lp_init, sys_tdmr_init};
 pub(crate) use vp_addcx::vp_addcx;
 pub(crate) use vp_create::vp_create;
+pub(crate) use vp_enter::{enter, vp_enter};
 pub(crate) use vp_flush::vp_flush;
 pub(crate) use vp_init::vp_init;
 pub(crate) use vp_rd::vp_rd;

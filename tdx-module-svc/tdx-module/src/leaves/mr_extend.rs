@@ -5,7 +5,7 @@
 
 use tdx_defs::{CompletionStatus as Status, Gpa, Hpa, Leaf, OperandId};
 
-use crate::checks::{OpStateLock, Running, invalid, with_details};
+use crate::checks::{OpStateLock, Running, check_integrity, invalid, with_details};
 use crate::dispatch::{Cx, Outcome, Run};
 use crate::locks::LockMode;
 use crate::measure::{CHUNK_SIZE, Measurement};
@@ -37,7 +37,7 @@ fn extend(cx: &Cx<'_>, running: &Running<'_>, measurement: &mut Measurement, gpa
 
     let mut chunk = [0; CHUNK_SIZE];
     let source = address_in(found.value.page(), gpa, found.slot.level);
-    cx.module.private.read(source, &mut chunk);
+    check_integrity(running.td, cx.module.private.read(source, &mut chunk))?;
     measurement.chunk_extended(gpa, &chunk);
     Ok(())
 }

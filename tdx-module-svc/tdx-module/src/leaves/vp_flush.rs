@@ -5,6 +5,7 @@
 use tdx_defs::{CompletionStatus as Status, Hpa, OperandId, PageType};
 
 use super::vp_init::pages_needed;
+use crate::LpId;
 use crate::checks::inconsistent;
 use crate::dispatch::{Cx, Outcome, Regs};
 use crate::locks::LockMode;
@@ -29,6 +30,9 @@ pub(crate) fn vp_flush(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     }
     if !vcpu.disassociate(cx.lp) {
         return Err(Status::VCPU_NOT_ASSOCIATED.into());
+    }
+    if let Some(mut processor) = module.processors.lock(LpId(cx.lp)) {
+        processor.flush(module, td.tdr());
     }
     td.remove_associated();
     Ok(())

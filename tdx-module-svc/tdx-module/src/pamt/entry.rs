@@ -46,6 +46,11 @@ impl PamtEntry {
         PageType(((self.load() & TYPE_MASK) >> TYPE_SHIFT & 0x7F) as u8)
     }
 
+    /// Whether the page is neither free nor reserved.
+    pub(crate) fn is_used(&self) -> bool {
+        ![PageType::NDA, PageType::RSVD].contains(&self.page_type())
+    }
+
     /// The TDR of the owner; stale on a free page.
     pub(crate) fn owner(&self) -> Hpa {
         Hpa::new(self.load() >> OWNER_SHIFT << PAGE_SHIFT)

@@ -205,6 +205,27 @@ impl Pamt {
         tdmr.small_block(arrays, addr).get(index(addr, PAGE_SHIFT))
     }
 
+    /// The entry and size of the page in use that covers `hpa`, if there is one. Takes no lock.
+    pub(crate) fn used_page(&self, hpa: Hpa) -> Option<(&PamtEntry, PageSize)> {
+        let (tdmr, gib) = self.usable_tdmr(hpa)?;
+        let giant = tdmr.giant.get(gib)?;
+        if giant.is_used() {
+            return Some((giant, PageSize::Giant));
+        }
+        let arrays = tdmr.gibs.get(gib)?.get()?;
+        let at = index(hpa.get(), LARGE_SHIFT);
+        let large = arrays.large.get(at)?;
+        if large.is_used() {
+            return Some((large, PageSize::Large));
+        }
+        let small = arrays
+            .small
+            .get(at)?
+            .get()?
+            .get(index(hpa.get(), PAGE_SHIFT))?;
+        small.is_used().then_some((small, PageSize::Small))
+    }
+
     /// Initialises the PAMT of the next 4 MiB of the TDMR at `base`.
     pub(crate) fn initialize_step(&self, base: u64) -> InitStep {
         const STEP: u64 = 1024 << PAGE_SHIFT;

@@ -95,6 +95,15 @@ impl<'p> PageLock<'p> {
         }
     }
 
+    /// Keeps every lock beyond this value; [`Pamt::release_kept`] gives them back. Only a
+    /// 4 KiB page that was walked to in shared mode is kept.
+    pub(crate) fn keep(self) {
+        let Self {
+            target, parents, ..
+        } = self;
+        std::mem::forget((target, parents));
+    }
+
     /// Type of the page.
     pub(crate) fn page_type(&self) -> PageType {
         match &self.target {
@@ -152,6 +161,15 @@ impl Pamt {
         };
         let parents = [Some(large), Some(giant)];
         Self::lock_small(tdmr, arrays, hpa, mode, want, parents)
+    }
+
+    /// Releases the shared locks of a 4 KiB page and of the entries above it.
+    pub(crate) fn release_kept(&self, hpa: Hpa) {
+        for size in [PageSize::Small, PageSize::Large, PageSize::Giant] {
+            if let Some(entry) = self.entry(hpa, size) {
+                entry.release(LockMode::Shared);
+            }
+        }
     }
 
     fn lock_small<'p>(

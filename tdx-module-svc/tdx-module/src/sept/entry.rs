@@ -21,6 +21,8 @@ const PS: u64 = 1 << 7;
 const ACCESSED: u64 = 1 << 8;
 const DIRTY: u64 = 1 << 9;
 const HPA: u64 = 0x000F_FFFF_FFFF_F000;
+/// Bits 20:12 of the entry of a pending 2 MiB page.
+const ACCEPT_COUNTER: u64 = 0x1F_F000;
 const SUPPRESS_VE: u64 = 1 << 63;
 
 /// TDEL: somebody works on the entry.
@@ -85,6 +87,23 @@ impl SeptEntry {
     /// The page behind a leaf, or the table behind a link.
     pub(crate) fn page(self) -> Hpa {
         Hpa::new(self.0 & HPA)
+    }
+
+    /// The page behind a leaf of a known level. A pending 2 MiB page keeps its accept counter in
+    /// the low bits of its address.
+    pub(crate) fn page_at(self, level: u8) -> Hpa {
+        let size = tdx_defs::PAGE_SIZE << (9 * u32::from(level));
+        Hpa::new(self.0 & HPA & !(size - 1))
+    }
+
+    /// 4 KiB parts of a pending 2 MiB page that are zeroed already.
+    pub(crate) fn accept_counter(self) -> u64 {
+        (self.0 & ACCEPT_COUNTER) >> 12
+    }
+
+    /// The entry of a pending 2 MiB page with another accept counter.
+    pub(crate) fn with_accept_counter(self, parts: u64) -> Self {
+        Self(self.0 & !ACCEPT_COUNTER | parts << 12 & ACCEPT_COUNTER)
     }
 
     /// Whether the processor may use it at all.

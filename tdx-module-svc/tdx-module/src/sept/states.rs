@@ -128,6 +128,7 @@ const MASKS: [u32; 64] = {
 /// Letters of [`Row::flags`], by bit of [`FLAGS`].
 const FLAG_LETTERS: &[u8; 8] = b"gfabwpte";
 const ACCESSIBLE: u8 = 1;
+const ACCEPTABLE: u8 = 1 << 2;
 const BLOCKED: u8 = 1 << 3;
 const PENDING: u8 = 1 << 5;
 const TRACKED: u8 = 1 << 6;
@@ -264,6 +265,21 @@ impl SeptState {
     /// Whether the processor's walk passes or uses the entry.
     pub(crate) fn is_present(self) -> bool {
         self == Self::NL_MAPPED || self.has_flag(ACCESSIBLE)
+    }
+
+    /// Whether the guest can use the page.
+    pub(crate) fn is_accessible(self) -> bool {
+        self.has_flag(ACCESSIBLE)
+    }
+
+    /// Whether the guest may accept the page.
+    pub(crate) fn is_acceptable(self) -> bool {
+        self.has_flag(ACCEPTABLE)
+    }
+
+    /// Whether the state allows a TDCALL leaf, by its letter in the table.
+    pub(crate) fn allows_guest(self, letter: u8) -> bool {
+        has(self.row().leaves, letter)
     }
 
     /// Whether the state allows a leaf.

@@ -74,6 +74,24 @@ impl Sept {
         }
     }
 
+    /// As [`Sept::walk`], but blocked links are passed, too: what may still be cached.
+    pub(crate) fn walk_through_blocked(
+        &self,
+        root_level: u8,
+        gpa: Gpa,
+        level: u8,
+    ) -> Option<Walk<'_>> {
+        let mut slot = Slot::of(self.root()?, gpa, root_level);
+        loop {
+            let value = slot.read();
+            if slot.level <= level || !value.state().is_non_leaf() {
+                return Some(Walk { slot, value });
+            }
+            let below = self.child(slot)?;
+            slot = Slot::of(below, gpa, slot.level - 1);
+        }
+    }
+
     /// The table behind a linked entry.
     pub(crate) fn child(&self, slot: Slot<'_>) -> Option<&Table> {
         self.arena.get(slot.table.child(slot.index)?)
@@ -158,6 +176,30 @@ impl<'t> Slot<'t> {
             }
         }
         word.fetch_or(HOST_PRIORITY, Ordering::Relaxed);
+        None
+    }
+
+    /// Sets TDEL for a guest call, which fails while a host call has priority.
+    pub(crate) fn try_lock_for_guest(self) -> Option<EntryLock<'t>> {
+        let word = self.word();
+        let mut old = word.load(Ordering::Relaxed);
+        while old & (LOCKED | HOST_PRIORITY) == 0 {
+            match word.compare_exchange_weak(
+                old,
+                old | LOCKED,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => {
+                    return Some(EntryLock {
+                        slot: self,
+                        value: SeptEntry(old),
+                        held: true,
+                    });
+                }
+                Err(now) => old = now,
+            }
+        }
         None
     }
 

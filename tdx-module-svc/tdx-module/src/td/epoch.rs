@@ -67,6 +67,19 @@ impl Epochs {
         Ok(())
     }
 
+    /// A vCPU goes inside; answers the epoch under which it is counted. The caller holds the lock
+    /// shared.
+    pub(crate) fn enter(&self) -> u64 {
+        let epoch = self.current();
+        self.refcount[(epoch & 1) as usize].fetch_add(1, Ordering::AcqRel);
+        epoch
+    }
+
+    /// A vCPU that was counted under `epoch` is inside no more.
+    pub(crate) fn leave(&self, epoch: u64) {
+        self.refcount[(epoch & 1) as usize].fetch_sub(1, Ordering::AcqRel);
+    }
+
     /// Whether no translation from before `bepoch` can be cached any more.
     pub(crate) fn is_tracked(&self, bepoch: u64) -> bool {
         if bepoch & MIGRATION_EPOCH != 0 {

@@ -41,6 +41,11 @@ impl Td {
             () if is(field::TDCS_GPAW) => u64::from(config.wide_gpa),
             () if is(field::TDCS_EPTP) => config.eptp,
             () if is(field::TDCS_ATTRIBUTES) => config.attributes.bits(),
+            () if is(field::TDCS_XFAM) => config.xfam,
+            () if is(field::TDCS_MAX_VCPUS) => config.max_vcpus.into(),
+            () if is(field::TDCS_CONFIG_FLAGS) => config.config_flags,
+            () if is(field::TDCS_TSC_FREQUENCY) => config.tsc_frequency.into(),
+            () if is(field::TDCS_TD_CTLS) => config.pending_ve_disable().into(),
             () if is(field::TDCS_TD_EPOCH) => self.epochs().current(),
             // Model: guest time is not simulated; the offset is zero and the multiplier is one
             // (48 fractional bits).

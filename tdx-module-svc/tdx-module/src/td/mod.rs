@@ -9,6 +9,7 @@
 //! - T1  CHLDCNT is the number of 4 KiB units that the PAMT assigns to this TD, the TDR not counted.
 //! - T2  `config` is set exactly when OP_STATE is not UNINITIALIZED.
 
+mod config;
 mod epoch;
 mod fields;
 mod kot;
@@ -19,17 +20,18 @@ mod vcpu;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use tdx_defs::{Hpa, TdAttributes};
+use tdx_defs::Hpa;
 
 use crate::locks::Lock;
-use crate::measure::Measurement;
+use crate::measure::{Measurement, Rtmrs};
 use crate::sept::Sept;
 
+pub(crate) use config::TdConfig;
 pub(crate) use epoch::{Epochs, PreviousEpochBusy};
 pub(crate) use kot::{HkidState, Kot};
 pub use op_states::OpState;
 pub(crate) use registry::Registry;
-pub(crate) use vcpu::{FieldError, Vcpu};
+pub(crate) use vcpu::{Association, FieldError, Vcpu, VcpuState};
 
 /// TDR.LIFECYCLE_STATE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,19 +71,6 @@ impl Lifecycle {
     }
 }
 
-/// What TDH.MNG.INIT fixes for the life of a TD.
-#[derive(Debug, Clone)]
-pub(crate) struct TdConfig {
-    pub(crate) attributes: TdAttributes,
-    pub(crate) max_vcpus: u16,
-    pub(crate) num_l2_vms: u8,
-    /// CONFIG_FLAGS.GPAW: the SHARED bit is bit 51 instead of bit 47.
-    pub(crate) wide_gpa: bool,
-    pub(crate) eptp: u64,
-    /// Level of the entries in the Secure EPT root: 3 or 4.
-    pub(crate) root_level: u8,
-}
-
 /// A TD.
 #[derive(Debug)]
 pub(crate) struct Td {
@@ -109,6 +98,7 @@ pub(crate) struct Td {
     pub(crate) sept_lock: Lock,
     sept: Sept,
     measurement: Mutex<Measurement>,
+    rtmrs: Rtmrs,
 }
 
 impl Td {
@@ -133,6 +123,7 @@ impl Td {
             sept_lock: Lock::default(),
             sept: Sept::new(),
             measurement: Mutex::default(),
+            rtmrs: Rtmrs::default(),
         }
     }
 
@@ -159,6 +150,11 @@ impl Td {
     /// TDR.FATAL.
     pub(crate) fn is_fatal(&self) -> bool {
         self.fatal.load(Ordering::Relaxed)
+    }
+
+    /// The TD is lost: nearly every leaf refuses it from now on.
+    pub(crate) fn set_fatal(&self) {
+        self.fatal.store(true, Ordering::Relaxed);
     }
 
     /// TDR.LIFECYCLE_STATE.
@@ -296,6 +292,11 @@ impl Td {
     /// The Secure EPT.
     pub(crate) fn sept(&self) -> &Sept {
         &self.sept
+    }
+
+    /// The run-time measurements.
+    pub(crate) fn rtmrs(&self) -> &Rtmrs {
+        &self.rtmrs
     }
 
     /// The measurement. Leaves that add to it hold the TDR exclusively, so this never waits long.

@@ -3,8 +3,11 @@
 //! Source: TDX module source, td_vcpu state and TDVPS definitions; metadata fields that KVM uses.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tdx_defs::field;
+
+use crate::guest::GuestState;
 
 /// Nobody: value of ASSOC_LPID while the vCPU belongs to no logical processor.
 const NO_LP: u32 = u32::MAX;
@@ -17,6 +20,23 @@ pub(crate) enum VcpuState {
     Uninitialized = 0,
     /// After TDH.VP.INIT, outside the guest.
     Ready = 2,
+    /// Inside the guest.
+    Active = 4,
+    /// For good.
+    Disabled = 8,
+}
+
+/// Outcome of associating a vCPU with a logical processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Association {
+    /// It was there already.
+    Here,
+    /// It is there now.
+    New,
+    /// It belongs to another one.
+    Elsewhere,
+    /// Its state, as a number, does not allow an entry.
+    NotReady(u32),
 }
 
 /// A TDVPS field that the host may write: its id, its size in bits, and the bits it may change.
@@ -70,6 +90,7 @@ pub(crate) struct Vcpu {
     x2apic_id: AtomicU32,
     initial_rcx: AtomicU64,
     fields: [AtomicU64; FIELDS.len()],
+    guest: Mutex<GuestState>,
 }
 
 impl Vcpu {
@@ -82,6 +103,7 @@ impl Vcpu {
             x2apic_id: AtomicU32::new(0),
             initial_rcx: AtomicU64::new(0),
             fields: Default::default(),
+            guest: Mutex::default(),
         }
     }
 
@@ -107,6 +129,37 @@ impl Vcpu {
         self.initial_rcx.store(initial_rcx, Ordering::Relaxed);
         self.associated_lp.store(lp, Ordering::Relaxed);
         self.state.store(VcpuState::Ready as u8, Ordering::Relaxed);
+    }
+
+    /// Moves the state on. The caller takes the vCPU inside or out of the guest.
+    pub(crate) fn set_state(&self, state: VcpuState) {
+        self.state.store(state as u8, Ordering::Relaxed);
+    }
+
+    /// The index that TDH.VP.INIT gave.
+    pub(crate) fn index(&self) -> u32 {
+        self.index.load(Ordering::Relaxed)
+    }
+
+    /// The guest side. Only the processor that enters the vCPU, or runs it, looks at it.
+    pub(crate) fn guest(&self) -> MutexGuard<'_, GuestState> {
+        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Associates a ready vCPU with `lp`, unless it belongs to another one.
+    pub(crate) fn associate(&self, lp: u32) -> Association {
+        let state = self.state.load(Ordering::Relaxed);
+        if state != VcpuState::Ready as u8 {
+            return Association::NotReady(state.into());
+        }
+        match self
+            .associated_lp
+            .compare_exchange(NO_LP, lp, Ordering::AcqRel, Ordering::Relaxed)
+        {
+            Ok(_) => Association::New,
+            Err(now) if now == lp => Association::Here,
+            Err(_) => Association::Elsewhere,
+        }
     }
 
     /// Ends the association with `lp`, if there is one.

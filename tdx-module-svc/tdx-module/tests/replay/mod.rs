@@ -1,21 +1,12 @@
 //! Runs one recorded sequence on a fresh module.
 
+mod guest;
 mod state;
 
 use serde_json::Value;
 use tdx_defs::{Gpa, Hpa, Leaf, Repeat, Seamcall, SeamcallResult, TdxLevel};
 use tdx_module::hooks::{KeyProgramResult, LockObject};
 use tdx_module::{LockMode, LpId, Module, PageSize, PlatformConfig};
-
-/// How a replay ended.
-pub(crate) enum Verdict {
-    /// Every register and the final state agree.
-    Passed,
-    /// It needs something that is not modelled; the rule by which it was skipped.
-    Skipped(String),
-    /// The first difference.
-    Failed(String),
-}
 
 /// The number behind a hex string or a JSON number.
 pub(crate) fn number(value: &Value) -> u64 {
@@ -29,36 +20,31 @@ fn number32(value: &Value) -> u32 {
     number(value).try_into().unwrap()
 }
 
-/// What a step needs and the model does not have.
-fn not_modelled(step: &Value) -> Option<String> {
-    if let Some(leaf) = step["leaf"].as_str() {
-        return (leaf == "TDH.VP.ENTER").then(|| format!("leaf {leaf}"));
-    }
-    step["guest"]
-        .as_str()
-        .map(|event| format!("guest event {event}"))
-}
-
-/// Runs a sequence.
-pub(crate) fn replay(sequence: &Value) -> Verdict {
+/// Runs a sequence; answers the first difference.
+pub(crate) fn replay(sequence: &Value) -> Result<(), String> {
     let steps = sequence["steps"].as_array().unwrap();
-    if let Some(rule) = steps.iter().find_map(not_modelled) {
-        return Verdict::Skipped(rule);
-    }
     let module = Module::new(PlatformConfig::conformance()).unwrap();
     for (at, step) in steps.iter().enumerate() {
-        let outcome = match step["hook"].as_str() {
-            Some(hook) => run_hook(&module, hook, &step["in"]),
-            None => run_call(&module, step),
-        };
-        if let Err(why) = outcome {
-            return Verdict::Failed(format!("step {at} {}: {why}", step["leaf"]));
+        if let Err(why) = run_step(&module, step) {
+            let name = [&step["leaf"], &step["guest"], &step["hook"]];
+            let name = name.into_iter().find_map(Value::as_str).unwrap_or_default();
+            return Err(format!("step {at} {name}: {why}"));
         }
     }
-    match state::compare(&module, &sequence["final"]) {
-        Ok(()) => Verdict::Passed,
-        Err(why) => Verdict::Failed(format!("final state: {why}")),
+    state::compare(&module, &sequence["final"]).map_err(|why| format!("final state: {why}"))
+}
+
+fn run_step(module: &Module, step: &Value) -> Result<(), String> {
+    if let Some(hook) = step["hook"].as_str() {
+        return run_hook(module, hook, &step["in"]);
     }
+    if let Some(event) = step["guest"].as_str() {
+        return guest::run(module, event, step);
+    }
+    if step["leaf_number"] == 0 {
+        return guest::enter(module, &call_of(module, step), step);
+    }
+    run_call(module, step)
 }
 
 fn run_call(module: &Module, step: &Value) -> Result<(), String> {
