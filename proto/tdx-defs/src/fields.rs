@@ -8,6 +8,16 @@ pub mod field {
     pub const TD_TSC_OFFSET: u64 = 0x1100_0000_0000_000A;
     /// TDCS: TSC multiplier.
     pub const TD_TSC_MULTIPLIER: u64 = 0x1100_0000_0000_000B;
+    /// TDR: whether the TD is lost.
+    pub const TDR_FATAL: u64 = 0x8010_0000_0000_0001;
+    /// TDR: key id.
+    pub const TDR_HKID: u64 = 0x8110_0001_0000_0001;
+    /// TDR: packages on which the key is programmed.
+    pub const TDR_PKG_CONFIG_BITMAP: u64 = 0x8110_0003_0000_0002;
+    /// TDCS: number of L2 VMs.
+    pub const TDCS_NUM_L2_VMS: u64 = 0x9010_0001_0000_0005;
+    /// TDCS: microseconds for which host priority keeps the guest from a lock.
+    pub const TDCS_HP_LOCK_TIMEOUT: u64 = 0x9110_0003_0000_0011;
     /// TDR: children of the TD, in 4 KiB units.
     pub const TDR_CHLDCNT: u64 = 0x8010_0003_0000_0004;
     /// TDR: life-cycle state.
@@ -33,9 +43,9 @@ pub mod field {
     /// TDCS: TSC frequency in units of 25 MHz.
     pub const TDCS_TSC_FREQUENCY: u64 = 0x1110_0001_0000_000C;
     /// TDCS: CONFIG_FLAGS.
-    pub const TDCS_CONFIG_FLAGS: u64 = 0x1110_0003_0000_0016;
+    pub const TDCS_CONFIG_FLAGS: u64 = 0x9110_0003_0000_0016;
     /// TDCS: controls that the guest may change; bit 0 PENDING_VE_DISABLE.
-    pub const TDCS_TD_CTLS: u64 = 0x1110_0003_0000_0017;
+    pub const TDCS_TD_CTLS: u64 = 0x9110_0003_0000_0017;
     /// TDCS: TLB tracking epoch.
     pub const TDCS_TD_EPOCH: u64 = 0x9210_0003_0000_0000;
     /// TDCS: vCPUs inside since an even epoch; the next code is that of odd ones.

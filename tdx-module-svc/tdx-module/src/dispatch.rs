@@ -1,7 +1,6 @@
 //! From the registers of a SEAMCALL to a leaf function, and runs of one leaf.
 //!
-//! Source: TDX module source, tdx_vmm_dispatcher.c. The module is always in SYS_READY here, so the
-//! checks of the system state have no place.
+//! Source: TDX module source, tdx_vmm_dispatcher.c.
 
 use std::cell::OnceCell;
 use std::sync::Arc;
@@ -183,6 +182,11 @@ fn code_of(leaf: Leaf) -> Option<Code> {
         Leaf::SYS_LP_INIT => One(leaves::sys_lp_init),
         Leaf::SYS_CONFIG => One(leaves::sys_config),
         Leaf::SYS_KEY_CONFIG => One(leaves::sys_key_config),
+        Leaf::SYS_INFO => One(leaves::sys_info),
+        Leaf::SYS_RD => One(leaves::sys_rd),
+        Leaf::SYS_RDALL => One(leaves::sys_rdall),
+        Leaf::SYS_LP_SHUTDOWN => One(leaves::sys_lp_shutdown),
+        Leaf::MNG_WR => One(leaves::mng_wr),
         _ => return None,
     })
 }
@@ -192,7 +196,7 @@ pub(crate) fn seamcall(module: &Module, lp: LpId, call: &Seamcall) -> SeamcallRe
     if call.count() == 0 {
         return SeamcallResult::default();
     }
-    let code = match check_call(call) {
+    let code = match check_call(module, call) {
         Ok(code) => code,
         Err(fail) => return Regs::of(call).result(fail.status, 0),
     };
@@ -214,11 +218,12 @@ pub(crate) fn seamcall(module: &Module, lp: LpId, call: &Seamcall) -> SeamcallRe
 }
 
 /// The checks before any leaf runs.
-fn check_call(call: &Seamcall) -> Result<Code, Fail> {
+fn check_call(module: &Module, call: &Seamcall) -> Result<Code, Fail> {
     let unknown = CompletionStatus::OPERAND_INVALID.with(OperandId::RAX);
     if call.version > 0 && !VERSIONED.contains(&call.leaf) {
         return Err(unknown.into());
     }
+    module.system.check(call.leaf)?;
     code_of(call.leaf).ok_or(unknown.into())
 }
 
@@ -235,8 +240,8 @@ pub(crate) fn enter_vcpu(module: &Module, lp: LpId, call: &Seamcall) -> Entry {
         lp: lp.0,
         td: OnceCell::new(),
     };
-    let entered =
-        check_call(&call).and_then(|_| leaves::enter(&cx, &mut regs, &host_registers(&call)));
+    let entered = check_call(module, &call)
+        .and_then(|_| leaves::enter(&cx, &mut regs, &host_registers(&call)));
     match entered {
         Ok(vmcall) => Entry::Entered { vmcall },
         Err(fail) => Entry::Refused(regs.result(fail.status, 0)),

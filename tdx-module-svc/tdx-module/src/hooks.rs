@@ -8,6 +8,7 @@ pub use crate::conditions::KeyProgramResult;
 use crate::locks::{LockMode, Side};
 use crate::pamt::PageSize;
 use crate::sept::Slot;
+pub use crate::system::SystemState;
 use crate::td::Td;
 
 /// A lock of the module.
@@ -104,6 +105,12 @@ impl Module {
     /// flush is noticed.
     pub fn leave_out_tlb_flushes(&self, leave_out: bool) {
         self.conditions.leave_out_flushes(leave_out);
+    }
+
+    /// Puts the module as a whole into a state. Nothing but the dispatcher looks at it, and the
+    /// leaves that lead to SYS_READY have no work to do.
+    pub fn set_system_state(&self, state: SystemState) {
+        self.system.set(state);
     }
 
     /// Marks a TD fatal, as a machine check in its memory would. Answers whether it is there.

@@ -51,6 +51,7 @@ mod conditions;
 pub mod hooks;
 mod host_access;
 pub mod inspect;
+mod system;
 mod usage;
 
 use std::sync::Mutex;
@@ -77,6 +78,7 @@ use leaves::CacheWriteBack;
 use memory::{HostMemory, PrivateMemory};
 use pamt::Pamt;
 use sept::EntryFormat;
+use system::System;
 use td::{Kot, Registry, Td, Vcpu};
 use usage::Counters;
 
@@ -100,6 +102,7 @@ pub struct Module {
     conditions: Conditions,
     processors: Processors,
     violations: ViolationCounters,
+    system: System,
 }
 
 impl std::fmt::Debug for Module {
@@ -130,6 +133,7 @@ impl Module {
             conditions: Conditions::default(),
             processors: Processors::new(config.logical_processors),
             violations: ViolationCounters::default(),
+            system: System::new(),
             config,
         })
     }

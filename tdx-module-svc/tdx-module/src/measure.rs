@@ -95,6 +95,19 @@ impl Rtmrs {
         }
     }
 
+    /// An 8-byte word of one.
+    pub(crate) fn word(&self, index: usize, word: usize) -> u64 {
+        let value = self
+            .values()
+            .get(index)
+            .copied()
+            .unwrap_or([0; DIGEST_SIZE]);
+        let words = value.as_chunks::<8>().0;
+        words
+            .get(word)
+            .map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
+
     /// All of them.
     pub(crate) fn values(&self) -> [DigestBytes; RTMRS] {
         *self.values.lock().unwrap_or_else(PoisonError::into_inner)

@@ -12,6 +12,7 @@ mod mng_key_freeid;
 mod mng_key_reclaimid;
 mod mng_rd;
 mod mng_vpflushdone;
+mod mng_wr;
 
 mod vp_addcx;
 mod vp_create;
@@ -46,6 +47,9 @@ mod phymem_page_reclaim;
 mod phymem_page_wbinvd;
 
 mod sys;
+mod sys_info;
+mod sys_rd;
+mod sys_rdall;
 
 pub(crate) use mem_page_add::mem_page_add;
 pub(crate) use mem_page_aug::mem_page_aug;
@@ -69,13 +73,19 @@ pub(crate) use mng_key_freeid::mng_key_freeid;
 pub(crate) use mng_key_reclaimid::mng_key_reclaimid;
 pub(crate) use mng_rd::mng_rd;
 pub(crate) use mng_vpflushdone::mng_vpflushdone;
+pub(crate) use mng_wr::mng_wr;
 pub(crate) use mr_extend::mr_extend;
 pub(crate) use mr_finalize::mr_finalize;
 pub(crate) use phymem_cache_wb::{CacheWriteBack, phymem_cache_wb};
 pub(crate) use phymem_page_rdmd::phymem_page_rdmd;
 pub(crate) use phymem_page_reclaim::phymem_page_reclaim;
 pub(crate) use phymem_page_wbinvd::phymem_page_wbinvd;
-pub(crate) use sys::{sys_config, sys_init, sys_key_config, sys_lp_init, sys_tdmr_init};
+pub(crate) use sys::{
+    sys_config, sys_init, sys_key_config, sys_lp_init, sys_lp_shutdown, sys_tdmr_init,
+};
+pub(crate) use sys_info::sys_info;
+pub(crate) use sys_rd::sys_rd;
+pub(crate) use sys_rdall::sys_rdall;
 pub(crate) use vp_addcx::vp_addcx;
 pub(crate) use vp_create::vp_create;
 pub(crate) use vp_enter::{enter, vp_enter};

@@ -8,6 +8,7 @@ use tdx_defs::{CompletionStatus as Status, OperandId};
 use crate::checks::{busy, invalid};
 use crate::dispatch::{Cx, Outcome, Regs};
 use crate::pamt::InitStep;
+use crate::system::SystemState;
 
 /// TDH.SYS.TDMR.INIT: initialises the PAMT of the next 4 MiB of a TDMR. RCX base of the TDMR;
 /// output RDX end of what is usable.
@@ -29,24 +30,23 @@ pub(crate) fn sys_init(_cx: &Cx<'_>, _regs: &mut Regs) -> Outcome {
     Err(Status::SYS_INIT_NOT_PENDING.into())
 }
 
-/// `TDX_SYS_LP_INIT_NOT_PENDING`
-const LP_INIT_NOT_PENDING: Status = Status(0xC000_050B << 32);
-/// `TDX_SYS_CONFIG_NOT_PENDING`
-const CONFIG_NOT_PENDING: Status = Status(0xC000_050C << 32);
-/// `TDX_SYS_KEY_CONFIG_NOT_PENDING`
-const KEY_CONFIG_NOT_PENDING: Status = Status(0xC000_0507 << 32);
-
 /// TDH.SYS.LP.INIT, done on every processor.
 pub(crate) fn sys_lp_init(_cx: &Cx<'_>, _regs: &mut Regs) -> Outcome {
-    Err(LP_INIT_NOT_PENDING.into())
+    Err(Status::SYS_LP_INIT_NOT_PENDING.into())
 }
 
 /// TDH.SYS.CONFIG, long done.
 pub(crate) fn sys_config(_cx: &Cx<'_>, _regs: &mut Regs) -> Outcome {
-    Err(CONFIG_NOT_PENDING.into())
+    Err(Status::SYS_CONFIG_NOT_PENDING.into())
 }
 
 /// TDH.SYS.KEY.CONFIG, done on every package.
 pub(crate) fn sys_key_config(_cx: &Cx<'_>, _regs: &mut Regs) -> Outcome {
-    Err(KEY_CONFIG_NOT_PENDING.into())
+    Err(Status::SYS_KEY_CONFIG_NOT_PENDING.into())
+}
+
+/// TDH.SYS.LP.SHUTDOWN: the module ends; it answers nothing else from now on.
+pub(crate) fn sys_lp_shutdown(cx: &Cx<'_>, _regs: &mut Regs) -> Outcome {
+    cx.module.system.set(SystemState::Shutdown);
+    Ok(())
 }

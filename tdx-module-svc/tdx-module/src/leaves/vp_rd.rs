@@ -34,6 +34,8 @@ pub(crate) fn vp_rd(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
 pub(super) fn field_fail(error: FieldError) -> Fail {
     match error {
         FieldError::Unknown => Status::METADATA_FIELD_ID_INCORRECT.into(),
+        FieldError::NotReadable => Status::METADATA_FIELD_NOT_READABLE.into(),
         FieldError::NotWritable => Status::METADATA_FIELD_NOT_WRITABLE.into(),
+        FieldError::NotValid => Status::METADATA_FIELD_VALUE_NOT_VALID.into(),
     }
 }

@@ -28,10 +28,11 @@ use crate::sept::Sept;
 
 pub(crate) use config::TdConfig;
 pub(crate) use epoch::{Epochs, PreviousEpochBusy};
+pub(crate) use fields::{FieldError, field_identity, next_field};
 pub(crate) use kot::{HkidState, Kot};
 pub use op_states::OpState;
 pub(crate) use registry::Registry;
-pub(crate) use vcpu::{Association, FieldError, Vcpu, VcpuState};
+pub(crate) use vcpu::{Association, Vcpu, VcpuState};
 
 /// TDR.LIFECYCLE_STATE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -94,6 +95,8 @@ pub(crate) struct Td {
     num_assoc_vcpus: AtomicU32,
     x2apic_ids: Mutex<Vec<u32>>,
     epochs: Epochs,
+    /// TDCS.HP_LOCK_TIMEOUT in microseconds.
+    hp_lock_timeout: AtomicU64,
     /// SEPT_TREE.
     pub(crate) sept_lock: Lock,
     sept: Sept,
@@ -120,6 +123,7 @@ impl Td {
             num_assoc_vcpus: AtomicU32::new(0),
             x2apic_ids: Mutex::default(),
             epochs: Epochs::default(),
+            hp_lock_timeout: AtomicU64::new(fields::HP_LOCK_TIMEOUT),
             sept_lock: Lock::default(),
             sept: Sept::new(),
             measurement: Mutex::default(),
@@ -282,6 +286,15 @@ impl Td {
     /// A vCPU left its logical processor.
     pub(crate) fn remove_associated(&self) {
         self.num_assoc_vcpus.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// TDCS.HP_LOCK_TIMEOUT, in microseconds.
+    fn hp_lock_timeout(&self) -> u64 {
+        self.hp_lock_timeout.load(Ordering::Relaxed)
+    }
+
+    fn set_hp_lock_timeout(&self, microseconds: u64) {
+        self.hp_lock_timeout.store(microseconds, Ordering::Relaxed);
     }
 
     /// TLB tracking.

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tdx_defs::field;
 
+use super::fields::FieldError;
 use crate::guest::GuestState;
 
 /// Nobody: value of ASSOC_LPID while the vCPU belongs to no logical processor.
@@ -70,15 +71,6 @@ const FIELDS: [WritableField; 4] = [
         mask: 1 << 7,
     },
 ];
-
-/// Why a metadata field was not accessed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum FieldError {
-    /// No such field.
-    Unknown,
-    /// The mask leaves nothing that the host may write.
-    NotWritable,
-}
 
 /// A vCPU.
 #[derive(Debug)]
@@ -191,10 +183,13 @@ impl Vcpu {
 }
 
 fn find_field(id: u64) -> Result<usize, FieldError> {
-    let wanted = super::fields::identity(id);
+    let wanted = super::fields::field_identity(id);
     FIELDS
         .iter()
-        .position(|field| field.id == wanted && super::fields::size_agrees(id, field.bits))
+        .position(|field| {
+            super::fields::field_identity(field.id) == wanted
+                && super::fields::size_agrees(id, field.bits)
+        })
         .ok_or(FieldError::Unknown)
 }
 
