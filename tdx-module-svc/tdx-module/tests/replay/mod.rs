@@ -1,6 +1,7 @@
 //! Runs one recorded sequence on a fresh module.
 
 mod guest;
+pub(crate) mod later_release;
 mod state;
 
 use serde_json::Value;
@@ -20,10 +21,15 @@ fn number32(value: &Value) -> u32 {
     number(value).try_into().unwrap()
 }
 
-/// Runs a sequence; answers the first difference.
+/// Runs a sequence on the release that it was recorded from; answers the first difference.
 pub(crate) fn replay(sequence: &Value) -> Result<(), String> {
+    replay_on(sequence, PlatformConfig::conformance())
+}
+
+/// Runs a sequence on a platform; answers the first difference.
+pub(crate) fn replay_on(sequence: &Value, platform: PlatformConfig) -> Result<(), String> {
     let steps = sequence["steps"].as_array().unwrap();
-    let module = Module::new(PlatformConfig::conformance()).unwrap();
+    let module = Module::new(platform).unwrap();
     for (at, step) in steps.iter().enumerate() {
         if let Err(why) = run_step(&module, step) {
             let name = [&step["leaf"], &step["guest"], &step["hook"]];
