@@ -1,5 +1,20 @@
-//! Conditions outside the calls, for tests: locks that another processor seems to hold, pending
-//! interrupts, entropy, key programming, time-stamp adjustment.
+//! Conditions outside the calls: locks that another processor seems to hold, pending interrupts,
+//! entropy, key programming, time-stamp adjustment. For tests, and for a service that replays
+//! recorded sequences over a wire.
+//!
+//! | recorded hook | here |
+//! |---|---|
+//! | `HOLD_LOCK`, mode `shared` or `exclusive` | [`Module::hold_lock`] |
+//! | `HOLD_LOCK` of a `SEPT_ENTRY`, mode `host` | [`Module::hold_lock`] |
+//! | `HOLD_LOCK` of a `SEPT_ENTRY`, mode `guest` | [`Module::hold_lock_as_guest`] |
+//! | `RELEASE_LOCK` | [`Module::release_lock`] |
+//! | `HOST_INTERRUPT_PENDING` | [`Module::set_interrupt_pending`] |
+//! | `KEY_PROGRAM_RESULT` | [`Module::set_key_program_result`] |
+//! | `ENTROPY` | [`Module::set_entropy`] |
+//! | `TSC_ADJUST` | [`Module::set_tsc_adjust`] |
+//!
+//! They act on the whole module and stay until they are taken back. A lock that was taken by a
+//! hook has to be released by one; releasing a lock that no hook holds breaks its word.
 
 use tdx_defs::{Gpa, Hpa, TdxLevel};
 
@@ -33,6 +48,11 @@ pub enum LockObject {
     },
     /// TD_EPOCH of a TD.
     TdEpoch {
+        /// The TD.
+        tdr: Hpa,
+    },
+    /// RTMR of a TD.
+    Rtmr {
         /// The TD.
         tdr: Hpa,
     },
@@ -137,6 +157,7 @@ impl Module {
             LockObject::TdEpoch { tdr } => {
                 with_td(tdr, &mut |td| act(Lock::Word(&td.epochs().lock)))
             }
+            LockObject::Rtmr { tdr } => with_td(tdr, &mut |td| act(Lock::Word(&td.rtmrs().lock))),
             LockObject::SeptEntry { tdr, gpa, level } => with_td(tdr, &mut |td| {
                 let root_level = td.config().map(|config| config.root_level);
                 let walk = root_level.and_then(|root| td.sept().walk(root, gpa, level.get()));

@@ -1,4 +1,14 @@
-//! The whole state of a module, for audits and tests. Takes no locks: meant for a quiet module.
+//! The whole state of a module, for audits, for tests, and for a service that compares it with the
+//! state at the end of a recorded sequence.
+//!
+//! | recorded section | here |
+//! |---|---|
+//! | `tds`, `mrtd` | [`Module::inspect_tds`] |
+//! | `sept` | [`Module::inspect_sept`], of every TD whose keys are configured |
+//! | `pamt` | [`Module::inspect_pamt`] |
+//!
+//! Nothing here takes a lock of the module. While calls run beside it, each value is one that the
+//! module had, but they need not belong together.
 
 use tdx_defs::{Gpa, Hpa};
 

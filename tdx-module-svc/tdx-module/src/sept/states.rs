@@ -321,8 +321,22 @@ mod tests {
 
     #[test]
     fn the_table_agrees_with_the_published_one() {
+        /// What the published table has and this one leaves out: prose, and migration leaves.
+        const LEFT_OUT: [&str; 8] = [
+            "description",
+            "group",
+            "TDH.EXPORT.BLOCKW",
+            "TDH.EXPORT.RESTORE",
+            "TDH.EXPORT.MEM",
+            "TDH.EXPORT.UNBLOCKW",
+            "TDH.IMPORT.MEM",
+            "checked",
+        ];
         let mut lines = include_str!("../../tests/data/sept-states.csv").lines();
         let header: Vec<_> = lines.next().unwrap().split(',').collect();
+        assert_eq!(lines.clone().count(), STATES.len());
+        let unknown = header.iter().filter(|column| LEFT_OUT.contains(column));
+        assert_eq!(unknown.count(), LEFT_OUT.len());
         let mut cells = 0;
         for (line, row) in lines.zip(&STATES) {
             let flag = |letter| if has(row.flags, letter) { "yes" } else { "no" };
@@ -347,7 +361,8 @@ mod tests {
                     leaf => match letter_of(leaf) {
                         Some(letter) if has(row.leaves, letter) => "yes".to_owned(),
                         Some(_) => "no".to_owned(),
-                        None => continue,
+                        None if LEFT_OUT.contains(&leaf) => continue,
+                        None => panic!("unknown column {leaf}"),
                     },
                 };
                 assert_eq!(*value, expected, "{}: {column}", row.name);

@@ -152,6 +152,20 @@ mod tests {
     fn the_tables_agree_with_the_published_ones() {
         let mut lines = include_str!("../../tests/data/op-states.csv").lines();
         let header: Vec<_> = lines.next().unwrap().split(',').collect();
+        assert_eq!(lines.clone().count(), STATES.len());
+        // Migration and service TDs are left out.
+        let is_left_out = |column: &str| {
+            const AREAS: [&str; 6] = [
+                "TDH.SERVTD.",
+                "TDH.EXPORT.",
+                "TDH.IMPORT.",
+                "TDH.MEM.SCAN.",
+                "TDH.MIG.",
+                "TDG.SERVTD.",
+            ];
+            let flags = ["export_in_progress", "import_in_progress", "checked"];
+            flags.contains(&column) || AREAS.iter().any(|area| column.starts_with(area))
+        };
         let mut cells = 0;
         for (row, line) in lines.enumerate() {
             let (state, name, _) = STATES[row];
@@ -164,7 +178,8 @@ mod tests {
                     "any_finalized" => state.is_finalized() == (value == "yes"),
                     leaf => match leaf.parse::<Leaf>() {
                         Ok(leaf) => state.allows(leaf) == (value == "yes"),
-                        Err(_) => continue,
+                        Err(_) if is_left_out(leaf) => continue,
+                        Err(unknown) => panic!("{unknown}"),
                     },
                 };
                 assert!(known, "{name}: {column} is {value}");
