@@ -4,7 +4,12 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 2] = ["tdx/module/v1/module.proto", "kvm/mmu/v1/mmu.proto"];
+const PROTOS: [&str; 4] = [
+    "tdx/module/v1/module.proto",
+    "tdx/module/v1/guest.proto",
+    "tdx/module/v1/platform.proto",
+    "kvm/mmu/v1/mmu.proto",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     for proto in PROTOS {

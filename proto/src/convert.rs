@@ -1,6 +1,6 @@
 //! Wire ⇄ domain. Every refusal names the field and its limit.
 
-use tdx_defs::{Leaf, Repeat, Seamcall, SeamcallResult};
+use tdx_defs::{Gpr, Gprs, Leaf, Repeat, Seamcall, SeamcallResult};
 
 use crate::module;
 
@@ -116,6 +116,51 @@ impl From<module::SeamcallResult> for SeamcallResult {
     }
 }
 
+impl From<Gprs> for module::Gprs {
+    fn from(regs: Gprs) -> Self {
+        Self {
+            rax: regs[Gpr::Rax],
+            rcx: regs[Gpr::Rcx],
+            rdx: regs[Gpr::Rdx],
+            rbx: regs[Gpr::Rbx],
+            rsp: regs[Gpr::Rsp],
+            rbp: regs[Gpr::Rbp],
+            rsi: regs[Gpr::Rsi],
+            rdi: regs[Gpr::Rdi],
+            r8: regs[Gpr::R8],
+            r9: regs[Gpr::R9],
+            r10: regs[Gpr::R10],
+            r11: regs[Gpr::R11],
+            r12: regs[Gpr::R12],
+            r13: regs[Gpr::R13],
+            r14: regs[Gpr::R14],
+            r15: regs[Gpr::R15],
+        }
+    }
+}
+
+impl From<module::Gprs> for Gprs {
+    fn from(wire: module::Gprs) -> Self {
+        Self::default()
+            .with(Gpr::Rax, wire.rax)
+            .with(Gpr::Rcx, wire.rcx)
+            .with(Gpr::Rdx, wire.rdx)
+            .with(Gpr::Rbx, wire.rbx)
+            .with(Gpr::Rsp, wire.rsp)
+            .with(Gpr::Rbp, wire.rbp)
+            .with(Gpr::Rsi, wire.rsi)
+            .with(Gpr::Rdi, wire.rdi)
+            .with(Gpr::R8, wire.r8)
+            .with(Gpr::R9, wire.r9)
+            .with(Gpr::R10, wire.r10)
+            .with(Gpr::R11, wire.r11)
+            .with(Gpr::R12, wire.r12)
+            .with(Gpr::R13, wire.r13)
+            .with(Gpr::R14, wire.r14)
+            .with(Gpr::R15, wire.r15)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,6 +182,15 @@ mod tests {
             Seamcall::try_from(seamcall_to_wire(call.clone())).unwrap(),
             call
         );
+    }
+
+    #[test]
+    fn registers_survive_the_wire() {
+        let mut regs = Gprs::default();
+        for (value, register) in (1..).zip(Gpr::ALL) {
+            regs[register] = value;
+        }
+        assert_eq!(Gprs::from(module::Gprs::from(regs)), regs);
     }
 
     #[test]

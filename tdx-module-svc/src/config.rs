@@ -32,6 +32,11 @@ pub struct Config {
     #[arg(long, env = "TDX_MODULE_RELEASE", value_parser = release_parser())]
     pub release: Option<Release>,
 
+    /// Let callers change conditions: hold locks, take entropy away, start the module anew. For
+    /// tests of a host; nobody who can call is kept from it
+    #[arg(long, env = "TDX_MODULE_ALLOW_INJECTION")]
+    pub allow_injection: bool,
+
     /// Stop when standard input is closed, so that a parent process takes the service along
     #[arg(long)]
     pub stop_with_stdin: bool,
@@ -120,6 +125,7 @@ impl Default for Config {
             profile: Profile::default(),
             platform: None,
             release: None,
+            allow_injection: false,
             stop_with_stdin: false,
             limits: Limits::default(),
         }

@@ -15,16 +15,26 @@ mod batch;
 mod cli;
 pub mod config;
 mod execute;
+mod guest;
+mod host;
 mod platform;
 mod replay;
+mod running;
 mod service;
 mod status;
 mod trace;
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use mirror_proto::module::tdx_guest_service_server::{
+    SERVICE_NAME as GUEST_SERVICE_NAME, TdxGuestServiceServer,
+};
 use mirror_proto::module::tdx_module_service_server::{SERVICE_NAME, TdxModuleServiceServer};
-use tdx_module::{Module, PlatformError};
+use mirror_proto::module::tdx_platform_service_server::{
+    SERVICE_NAME as PLATFORM_SERVICE_NAME, TdxPlatformServiceServer,
+};
+use tdx_module::PlatformError;
 use tokio_util::sync::CancellationToken;
 use tonic::service::LayerExt as _;
 use tonic_health::ServingStatus;
@@ -35,8 +45,13 @@ pub use cli::cli_main;
 pub use config::Config;
 pub use platform::PlatformFileError;
 
+use guest::GuestService;
+use host::HostService;
+use running::Running;
 use service::ModuleService;
 
+/// The services that answer health checks by name.
+const SERVICES: [&str; 3] = [SERVICE_NAME, GUEST_SERVICE_NAME, PLATFORM_SERVICE_NAME];
 /// When a refused caller should come back, in milliseconds: a few small batches later.
 const RETRY_AFTER_MS: u64 = 10;
 
@@ -65,10 +80,12 @@ pub async fn run(
     listeners: Vec<Listener>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
-    let module = Module::new(platform::resolve(&config)?)?;
+    let running = Arc::new(Running::start(platform::resolve(&config)?, &config.limits)?);
     let draining = CancellationToken::new();
-    let service = ModuleService::new(module, &config.limits, draining.clone());
-    tracing::info!(instance = service.instance(), "the module is up");
+    let service = ModuleService::new(Arc::clone(&running), &config.limits, draining.clone());
+    let guests = GuestService::new(Arc::clone(&running), &config.limits, draining.clone());
+    let host = HostService::new(Arc::clone(&running), config.allow_injection);
+    tracing::info!(instance = running.now().instance, "the module is up");
     for listener in &listeners {
         if let Ok(address) = listener.address() {
             tracing::info!(%address, "listening");
@@ -76,24 +93,37 @@ pub async fn run(
     }
 
     let (health, health_service) = health_reporter();
-    health
-        .set_service_status(SERVICE_NAME, ServingStatus::Serving)
-        .await;
+    for service in SERVICES {
+        health
+            .set_service_status(service, ServingStatus::Serving)
+            .await;
+    }
     let admission = AdmissionLayer::new(
         config.limits.max_concurrent_requests,
         Duration::from_millis(RETRY_AFTER_MS),
     );
     let max_message = usize::try_from(config.limits.max_message_bytes).unwrap_or(usize::MAX);
-    let router = transport::server()
-        // Its messages carry trace context of their own, see `trace`.
-        .layer(telemetry::propagate::ServerTraceLayer::new().skip(service::STREAM_PATH))
-        .add_service(admission.named_layer(
-            TdxModuleServiceServer::new(service).max_decoding_message_size(max_message),
-        ))
-        .add_service(health_service)
-        .add_service(reflection().build_v1()?)
-        // Older clients ask the alpha version only.
-        .add_service(reflection().build_v1alpha()?);
+    let router =
+        transport::server()
+            // Its messages carry trace context of their own, see `trace`.
+            .layer(
+                telemetry::propagate::ServerTraceLayer::new()
+                    .skip(service::STREAM_PATH)
+                    .skip(guest::STREAM_PATH),
+            )
+            .add_service(admission.clone().named_layer(
+                TdxModuleServiceServer::new(service).max_decoding_message_size(max_message),
+            ))
+            .add_service(admission.clone().named_layer(
+                TdxGuestServiceServer::new(guests).max_decoding_message_size(max_message),
+            ))
+            .add_service(admission.named_layer(
+                TdxPlatformServiceServer::new(host).max_decoding_message_size(max_message),
+            ))
+            .add_service(health_service)
+            .add_service(reflection().build_v1()?)
+            // Older clients ask the alpha version only.
+            .add_service(reflection().build_v1alpha()?);
 
     let drain = Duration::from_millis(config.limits.drain_ms);
     let shutdown = async move {
@@ -109,12 +139,14 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         .register_encoded_file_descriptor_set(mirror_proto::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .with_service_name(SERVICE_NAME)
+        .with_service_name(GUEST_SERVICE_NAME)
+        .with_service_name(PLATFORM_SERVICE_NAME)
         .with_service_name("grpc.health.v1.Health")
 }
 
 /// Tells watchers that it is over, and ends their streams: the drain would wait for them.
 async fn stop_serving(mut health: HealthReporter) {
-    for service in ["", SERVICE_NAME] {
+    for service in SERVICES.into_iter().chain([""]) {
         health
             .set_service_status(service, ServingStatus::NotServing)
             .await;

@@ -8,7 +8,6 @@ use mirror_proto::module::{
     ExecuteRequest, ExecuteResponse, GetPlatformRequest, GetPlatformResponse,
 };
 use tdx_defs::SeamcallResult;
-use tdx_module::Module;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,7 +18,8 @@ use crate::batch::{Batch, Bounds, Ticket};
 use crate::config::Limits;
 use crate::execute;
 use crate::platform;
-use crate::replay::{Session, Sessions};
+use crate::replay::Session;
+use crate::running::{Run, Running};
 use crate::status::Refusal;
 
 /// Path of the data path's method.
@@ -31,48 +31,33 @@ pub(crate) struct ModuleService {
     shared: Arc<Shared>,
 }
 
+#[derive(Debug)]
 struct Shared {
-    module: Arc<Module>,
-    instance: String,
+    running: Arc<Running>,
     limits: Limits,
     bounds: Bounds,
-    sessions: Sessions,
     draining: CancellationToken,
 }
 
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared")
-            .field("instance", &self.instance)
-            .finish_non_exhaustive()
-    }
-}
+/// The session of a caller's last batch, and the run that it belongs to.
+type Held = Option<(Arc<Run>, String, Session)>;
 
 impl ModuleService {
-    /// Serves `module` as a new instance; streams end when `draining` is cancelled.
-    pub(crate) fn new(module: Module, limits: &Limits, draining: CancellationToken) -> Self {
-        let instance = uuid::Uuid::new_v4().to_string();
+    /// Serves what is `running`; streams end when `draining` is cancelled.
+    pub(crate) fn new(running: Arc<Running>, limits: &Limits, draining: CancellationToken) -> Self {
         let bounds = Bounds {
             calls: limits.max_calls,
             runs: limits.max_repeat,
-            logical_processors: module.config().logical_processors,
+            logical_processors: running.now().module.config().logical_processors,
         };
-        let sessions = Sessions::new(limits.max_sessions, limits.replay_window, instance.clone());
         Self {
             shared: Arc::new(Shared {
-                module: Arc::new(module),
-                instance,
+                running,
                 limits: limits.clone(),
                 bounds,
-                sessions,
                 draining,
             }),
         }
-    }
-
-    /// Changes with every start of the module.
-    pub(crate) fn instance(&self) -> &str {
-        &self.shared.instance
     }
 }
 
@@ -82,16 +67,17 @@ impl Shared {
     async fn execute(
         &self,
         request: ExecuteRequest,
-        held: &mut Option<(String, Session)>,
+        held: &mut Held,
     ) -> Result<ExecuteResponse, Refusal> {
         let batch = Batch::check(request, self.bounds)?;
+        let run = self.running.now();
         let session = match &batch.ticket {
             None => None,
-            Some(ticket) => Some(self.session(ticket, held)?),
+            Some(ticket) => Some(session_of(&run, ticket, held)?),
         };
-        let (sequence, instance) = (batch.sequence, self.instance.clone());
+        let (sequence, instance) = (batch.sequence, run.instance.clone());
         execute::perform(
-            &self.module,
+            &run.module,
             batch,
             session,
             move |results: &[SeamcallResult]| {
@@ -104,21 +90,6 @@ impl Shared {
             },
         )
         .await
-    }
-
-    fn session(
-        &self,
-        ticket: &Ticket,
-        held: &mut Option<(String, Session)>,
-    ) -> Result<Session, Refusal> {
-        if let Some((name, session)) = held
-            && *name == ticket.session
-        {
-            return Ok(session.clone());
-        }
-        let session = self.sessions.open(ticket)?;
-        *held = Some((ticket.session.clone(), session.clone()));
-        Ok(session)
     }
 
     /// Answers the batches of one stream in their order, until the caller or the service is done
@@ -150,6 +121,18 @@ impl Shared {
             }
         }
     }
+}
+
+fn session_of(run: &Arc<Run>, ticket: &Ticket, held: &mut Held) -> Result<Session, Refusal> {
+    if let Some((of, name, session)) = held
+        && Arc::ptr_eq(of, run)
+        && *name == ticket.session
+    {
+        return Ok(session.clone());
+    }
+    let session = run.sessions.open(ticket)?;
+    *held = Some((Arc::clone(run), ticket.session.clone(), session.clone()));
+    Ok(session)
 }
 
 #[tonic::async_trait]
@@ -189,11 +172,11 @@ impl TdxModuleService for ModuleService {
         &self,
         _: Request<GetPlatformRequest>,
     ) -> Result<Response<GetPlatformResponse>, Status> {
-        let shared = &self.shared;
+        let run = self.shared.running.now();
         Ok(Response::new(platform::describe(
-            &shared.module,
-            &shared.limits,
-            &shared.instance,
+            &run.module,
+            &self.shared.limits,
+            &run.instance,
         )))
     }
 }

@@ -8,6 +8,8 @@
 //! | a number used for another batch | ALREADY_EXISTS | ErrorInfo `SEQUENCE_REUSED` |
 //! | every session is in use | RESOURCE_EXHAUSTED | RetryInfo |
 //! | the service is stopping | UNAVAILABLE | ErrorInfo `DRAINING` |
+//! | conditions may not be changed | FAILED_PRECONDITION | ErrorInfo `INJECTION_OFF` |
+//! | a lock is not there or not free | FAILED_PRECONDITION | ErrorInfo `LOCK_NOT_FREE` |
 //! | the module failed | INTERNAL | ErrorInfo `MODULE_FAILED` |
 //!
 //! Apart from the last one nothing has run. More requests than the limit are refused before they
@@ -67,6 +69,12 @@ pub(crate) enum Refusal {
     /// The service accepts nothing more.
     #[error("the service is stopping")]
     Draining,
+    /// The service was started without leave to change conditions.
+    #[error("conditions cannot be changed: the service was started without --allow-injection")]
+    InjectionOff,
+    /// The lock is held by somebody else, or there is no such object, or it was not held.
+    #[error("lock: not there, not free, or not held by such a request")]
+    LockNotFree,
     /// A call ended in a panic: the state of the module is not known.
     #[error("the module failed in the middle of a batch")]
     ModuleFailed,
@@ -106,6 +114,8 @@ impl From<Refusal> for Status {
                 ErrorDetails::with_retry_info(Some(Duration::from_millis(SESSIONS_RETRY_MS))),
             ),
             Refusal::Draining => (Code::Unavailable, info("DRAINING", &[])),
+            Refusal::InjectionOff => (Code::FailedPrecondition, info("INJECTION_OFF", &[])),
+            Refusal::LockNotFree => (Code::FailedPrecondition, info("LOCK_NOT_FREE", &[])),
             Refusal::ModuleFailed => (Code::Internal, info("MODULE_FAILED", &[])),
         };
         Self::with_error_details(code, message, details)

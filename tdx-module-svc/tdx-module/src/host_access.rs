@@ -66,6 +66,11 @@ impl Module {
         bytes
     }
 
+    /// Whether a page belongs to a TD, so that the host does not see what is in it.
+    pub fn is_private(&self, hpa: Hpa) -> bool {
+        self.pamt.used_page(hpa).is_some()
+    }
+
     /// Reads bytes that lie in one page, as the host or the module on its behalf.
     pub(crate) fn read_host_page(&self, hpa: Hpa, bytes: &mut [u8]) {
         if self.pamt.used_page(hpa).is_some() {

@@ -63,6 +63,7 @@ pub use guest::{
     Translation, Vector, Violation, Violations,
 };
 pub use host_access::PRIVATE_PATTERN;
+pub use inspect::{SeptInfo, TdInfo};
 pub use locks::LockMode;
 pub use measure::{CHUNK_SIZE, DIGEST_SIZE};
 pub use memory::HOST_PAGES;

@@ -29,7 +29,7 @@ const SEPT: u64 = 0x4001_0000;
 /// First of the pages that tests map.
 pub(crate) const PAGE: u64 = 0x4002_0000;
 /// Root page of the vCPU, followed by its other control pages.
-const TDVPR: u64 = 0x4000_7000;
+pub(crate) const TDVPR: u64 = 0x4000_7000;
 /// Host memory.
 const SHARED: u64 = 0x10_0000;
 /// A private key id.
@@ -53,6 +53,25 @@ impl Server {
     }
 
     pub(crate) async fn with(limits: Limits) -> Self {
+        Self::serve(Config {
+            profile: Profile::Conformance,
+            limits,
+            ..Config::default()
+        })
+        .await
+    }
+
+    /// A new module whose conditions callers may change.
+    pub(crate) async fn with_injection() -> Self {
+        Self::serve(Config {
+            profile: Profile::Conformance,
+            allow_injection: true,
+            ..Config::default()
+        })
+        .await
+    }
+
+    async fn serve(config: Config) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let unix = Address::Unix(dir.path().join("module.sock"));
         let tcp: Address = "http://127.0.0.1:0".parse().unwrap();
@@ -65,11 +84,6 @@ impl Server {
             .map(|bound| bound.address().unwrap().to_string());
         let [unix, tcp] = <[_; 2]>::try_from(urls.collect::<Vec<_>>()).unwrap();
 
-        let config = Config {
-            profile: Profile::Conformance,
-            limits,
-            ..Config::default()
-        };
         let (stop, stopped) = oneshot::channel();
         let running = tokio::spawn(tdx_module_svc::run(config, listeners, async {
             let _ = stopped.await;
@@ -226,6 +240,16 @@ pub(crate) fn track() -> Seamcall {
 /// TDH.MEM.PAGE.REMOVE.
 pub(crate) fn remove(gpa: u64) -> Seamcall {
     call(Leaf::MEM_PAGE_REMOVE, gpa, TDR)
+}
+
+/// TDH.VP.FLUSH of the vCPU.
+pub(crate) fn vp_flush() -> Seamcall {
+    call(Leaf::VP_FLUSH, TDVPR, 0)
+}
+
+/// TDH.MNG.VPFLUSHDONE.
+pub(crate) fn vpflushdone() -> Seamcall {
+    call(Leaf::MNG_VPFLUSHDONE, TDR, 0)
 }
 
 /// TDH.PHYMEM.PAGE.RDMD, which succeeds on every page of a TDMR.
