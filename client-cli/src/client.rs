@@ -164,10 +164,19 @@ pub async fn connect_module(
     limits: Limits,
     stop: &Stop,
 ) -> Result<TdxModuleServiceClient<TracedChannel>, Error> {
-    let channel = connect("TDX module", url, limits, stop).await?;
+    let channel = connect_module_channel(url, limits, stop).await?;
     Ok(TdxModuleServiceClient::new(channel)
         .max_decoding_message_size(MAX_ANSWER_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES))
+}
+
+/// A connection to the module, for any of its services.
+pub async fn connect_module_channel(
+    url: &str,
+    limits: Limits,
+    stop: &Stop,
+) -> Result<TracedChannel, Error> {
+    connect("TDX module", url, limits, stop).await
 }
 
 async fn connect(

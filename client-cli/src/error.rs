@@ -79,6 +79,25 @@ pub enum Error {
     /// The firmware image is none.
     #[error("the firmware image is malformed")]
     Tdvf(#[from] crate::tdvf::TdvfError),
+    /// A line of a recording is no sequence.
+    #[error("{}: line {line}", path.display())]
+    Sequence {
+        /// The file.
+        path: PathBuf,
+        /// Its line, from 1.
+        line: usize,
+        /// Why.
+        #[source]
+        source: crate::conformance::SequenceError,
+    },
+    /// The module answers in another way than recorded.
+    #[error("{failed} of {sequences} sequences are not answered as recorded")]
+    Conformance {
+        /// How many.
+        failed: u64,
+        /// Of how many.
+        sequences: u64,
+    },
     /// The raw call ended with an error.
     #[error("{leaf} answered {status}")]
     Seamcall {

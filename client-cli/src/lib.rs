@@ -13,6 +13,7 @@
 pub mod args;
 pub mod client;
 mod commands;
+pub mod conformance;
 pub mod error;
 pub mod local;
 pub mod output;

@@ -4,7 +4,7 @@ use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use telemetry::propagate::TracedChannel;
 
 use crate::args::{Command, Globals};
-use crate::client::{Client, Limits, connect_module};
+use crate::client::{Client, Limits, connect_module, connect_module_channel};
 use crate::error::Error;
 use crate::local::{Local, LocalError};
 use crate::stop::Stop;
@@ -37,10 +37,17 @@ impl Session {
                 local: None,
             });
         }
-        let local = Local::start(&stop).await.map_err(|error| match error {
-            LocalError::Interrupted => Error::Interrupted,
-            error => Error::Local(error),
-        })?;
+        let module_options: &[&str] = match command {
+            // The platform that the sequences were recorded on, with the conditions they set.
+            Command::Conformance(_) => &["--profile", "conformance", "--allow-injection"],
+            _ => &[],
+        };
+        let local = Local::start(&stop, module_options)
+            .await
+            .map_err(|error| match error {
+                LocalError::Interrupted => Error::Interrupted,
+                error => Error::Local(error),
+            })?;
         Ok(Self {
             mmu: Some(local.mmu_url().to_owned()),
             module: Some(local.module_url().to_owned()),
@@ -54,6 +61,15 @@ impl Session {
     pub async fn client(&self) -> Result<Client, Error> {
         let mmu = self.mmu.as_deref().unwrap_or(mmu_service::DEFAULT_LISTEN);
         Client::connect(mmu, self.module.as_deref(), self.limits, self.stop.clone()).await
+    }
+
+    /// A connection to the module, for its other services.
+    pub async fn module_channel(&self) -> Result<TracedChannel, Error> {
+        let module = self
+            .module
+            .as_deref()
+            .unwrap_or(mmu_service::DEFAULT_MODULE);
+        connect_module_channel(module, self.limits, &self.stop).await
     }
 
     /// Connects to the module.

@@ -2,6 +2,7 @@
 //!
 //! Command names, and the keys of `--output json`, are an interface for scripts.
 
+mod conformance;
 mod memory;
 mod number;
 mod private;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mirror_proto::mmu::Mode;
 
+pub use conformance::ConformanceArgs;
 pub use memory::{
     ConvertArgs, FaultArgs, PrefaultArgs, PunchHoleArgs, SlotCommand, SlotDeleteArgs, SlotSetArgs,
     Visibility,
@@ -124,6 +126,8 @@ pub enum Command {
     PunchHole(PunchHoleArgs),
     /// Play a recording of kvm_page_fault events (ftrace, trace-cmd, perf script) as guest accesses
     Replay(ReplayArgs),
+    /// Play recorded call sequences against a module and compare every answer
+    Conformance(ConformanceArgs),
     /// The entries on the path to an address: the tree of KVM beside the module's
     Walk(WalkArgs),
     /// The page table trees of a VM
@@ -172,6 +176,7 @@ impl Command {
             Self::Replay(_) => "replay",
             Self::Seamcall(_) => "seamcall",
             Self::Vm(VmCommand::List | VmCommand::Show(_))
+            | Self::Conformance(_)
             | Self::Walk(_)
             | Self::Tree(_)
             | Self::Audit { .. }
@@ -183,7 +188,7 @@ impl Command {
 
     /// Whether the command brings its own services along when no URL is given.
     pub fn is_local_by_default(&self) -> bool {
-        matches!(self, Self::Demo(_) | Self::Replay(_))
+        matches!(self, Self::Demo(_) | Self::Replay(_) | Self::Conformance(_))
     }
 }
 

@@ -1,5 +1,6 @@
 //! One file for each group of commands: ask the services, make an [`Answer`].
 
+mod conformance;
 mod demo;
 mod fault;
 mod generate;
@@ -22,6 +23,9 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
     if let Command::Seamcall(args) = command {
         return seamcall::run(session, args).await;
     }
+    if let Command::Conformance(args) = command {
+        return conformance::run(session, args).await;
+    }
     let client = &session.client().await?;
     match command {
         Command::Demo(_) => demo::run(client).await,
@@ -39,6 +43,7 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Audit { vm } => look::audit(client, *vm).await,
         Command::Stats { vm } => look::stats(client, *vm).await,
         Command::Seamcall(args) => seamcall::run(session, args).await,
+        Command::Conformance(args) => conformance::run(session, args).await,
         Command::Completions { shell } => Ok(Answer::bytes(completions(*shell))),
         Command::Man => Ok(Answer::bytes(manual()?)),
     }

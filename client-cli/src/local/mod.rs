@@ -99,14 +99,16 @@ pub struct Local {
 }
 
 impl Local {
-    /// Starts both and waits until both are serving.
-    pub async fn start(stop: &Stop) -> Result<Self, LocalError> {
+    /// Starts both and waits until both are serving. The module gets `module_options` beside those
+    /// that it needs.
+    pub async fn start(stop: &Stop, module_options: &[&str]) -> Result<Self, LocalError> {
         let directory = directory()?;
         let program = std::env::current_exe().map_err(LocalError::Program)?;
         let socket = |role: Role| socket_url(directory.path(), role);
         let module_url = socket(Role::Module)?;
         let mmu_url = socket(Role::Mmu)?;
-        let mut module = Process::spawn(&program, Role::Module, &["--listen", &module_url])?;
+        let options = [&["--listen", &module_url], module_options].concat();
+        let mut module = Process::spawn(&program, Role::Module, &options)?;
         module.ready(&module_url, READY_LIMIT, stop).await?;
         // Short: nobody needs the VMs that an interrupted command leaves behind.
         let options = [

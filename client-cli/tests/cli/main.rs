@@ -2,6 +2,7 @@
 
 mod commands;
 mod common;
+mod conformance;
 mod leftovers;
 mod replay;
 mod trace;
