@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::{Host, PAGE, check_invariants};
+use common::{Host, PAGE, check_invariants, one_by_one};
 use proptest::prelude::*;
-use tdx_defs::{ALL_ONES_HPA, Leaf, Repeat, Seamcall, SeamcallResult};
+use tdx_defs::{ALL_ONES_HPA, Leaf, Repeat, Seamcall};
 use tdx_module::{LpId, Module, PlatformConfig};
 
 const POOL: u64 = 0x4000_0000;
@@ -125,27 +125,6 @@ proptest! {
             }
         }
     }
-}
-
-/// The calls that a run stands for, one by one, until the first that does not succeed.
-fn one_by_one(module: &Module, lp: LpId, call: &Seamcall) -> SeamcallResult {
-    let mut last = SeamcallResult::default();
-    let mut single = Seamcall {
-        repeat: None,
-        ..call.clone()
-    };
-    let mut completed = 0;
-    for _ in 0..call.count() {
-        last = module.seamcall(lp, &single);
-        completed += last.completed;
-        if last.rax != 0 {
-            break;
-        }
-        single.repeat = call.repeat;
-        single.step();
-        single.repeat = None;
-    }
-    SeamcallResult { completed, ..last }
 }
 
 proptest! {

@@ -208,3 +208,24 @@ fn check_tree(module: &Module, tdr: tdx_defs::Hpa, pages: &[tdx_module::PageInfo
         "every private page of {tdr} is mapped"
     );
 }
+
+/// The calls that a run stands for, one by one, until the first that does not succeed.
+pub(crate) fn one_by_one(module: &Module, lp: LpId, call: &Seamcall) -> SeamcallResult {
+    let mut last = SeamcallResult::default();
+    let mut single = Seamcall {
+        repeat: None,
+        ..call.clone()
+    };
+    let mut completed = 0;
+    for _ in 0..call.count() {
+        last = module.seamcall(lp, &single);
+        completed += last.completed;
+        if last.rax != 0 {
+            break;
+        }
+        single.repeat = call.repeat;
+        single.step();
+        single.repeat = None;
+    }
+    SeamcallResult { completed, ..last }
+}
