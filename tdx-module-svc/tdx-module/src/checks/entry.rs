@@ -50,14 +50,9 @@ impl<'t> Running<'t> {
         self.release
     }
 
-    /// Bound of GPAs that the platform sets, in bits.
-    pub(crate) fn platform_maxpa(&self) -> Option<u8> {
-        self.platform_maxpa
-    }
-
     /// GPA-VALID: private, and within the TD's address width.
     pub(crate) fn check_gpa(&self, gpa: Gpa) -> Result<(), Fail> {
-        if !self.config.is_private_gpa(gpa, self.platform_maxpa) {
+        if gpa.get() & self.not_private != 0 {
             return Err(invalid(OperandId::RCX));
         }
         Ok(())

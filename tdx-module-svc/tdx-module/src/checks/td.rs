@@ -127,8 +127,10 @@ pub(crate) struct Running<'t> {
     pub(crate) op_state: OpState,
     pub(crate) config: &'t TdConfig,
     pub(super) release: Release,
+    /// Bits that no private address of the TD has.
+    pub(super) not_private: u64,
     /// Bound of GPAs that the platform sets, in bits.
-    pub(super) platform_maxpa: Option<u8>,
+    pub(crate) platform_maxpa: Option<u8>,
     _lock: Option<LockGuard<'t>>,
 }
 
@@ -192,6 +194,7 @@ impl LockedTd<'_> {
             op_state,
             config,
             release,
+            not_private: config.not_private(platform_maxpa),
             platform_maxpa,
             _lock: guard,
         })

@@ -93,7 +93,7 @@ impl Cpu<'_> {
     /// Translates an address, shared or private.
     pub(super) fn translate(&mut self, gpa: Gpa, kind: AccessKind) -> Result<Translated, Leave> {
         let tdr = self.inside.td.tdr();
-        if !self.inside.config.is_private_gpa(gpa, None) {
+        if !self.inside.is_private(gpa) {
             return self.fault(gpa, kind, 0).map(Translated::Instead);
         }
         if let Some(cached) = self.tlb.find(tdr, gpa) {

@@ -21,7 +21,7 @@ impl Cpu<'_> {
             return Ok(Err(invalid));
         };
         let (gpa, config) = (operand.gpa, &self.inside.config);
-        if !config.is_private_gpa(gpa, self.inside.platform_maxpa) {
+        if !self.inside.is_private(gpa) {
             return Ok(Err(invalid));
         }
         let sept = self.inside.td.sept();

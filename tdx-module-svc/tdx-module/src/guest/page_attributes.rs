@@ -29,7 +29,7 @@ impl Cpu<'_> {
         let gpa = Gpa::new(regs[Gpr::Rcx]);
         (regs[Gpr::Rcx], regs[Gpr::Rdx]) = (0, 0);
         let config = &self.inside.config;
-        if !config.is_private_gpa(gpa, self.inside.platform_maxpa) {
+        if !self.inside.is_private(gpa) {
             return Ok(Err(Status::OPERAND_INVALID.with(OperandId::RCX)));
         }
         let Some(walk) = self.inside.td.sept().walk(config.root_level, gpa, 0) else {
@@ -66,7 +66,7 @@ impl Cpu<'_> {
             return invalid(OperandId::RCX);
         };
         let gpa = operand.gpa;
-        if !config.is_private_gpa(gpa, self.inside.platform_maxpa) {
+        if !self.inside.is_private(gpa) {
             return invalid(OperandId::RCX);
         }
         let sept = self.inside.td.sept();

@@ -10,7 +10,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_utils::CachePadded;
-use tdx_defs::Hpa;
+use tdx_defs::{Gpa, Hpa};
 
 use super::cpu::{Cpu, Leaving};
 use super::ops::GuestOp;
@@ -30,6 +30,18 @@ pub(crate) struct Inside {
     pub(crate) tdvpr: Hpa,
     /// Bound of GPAs that the platform sets, in bits.
     pub(crate) platform_maxpa: Option<u8>,
+}
+
+impl Inside {
+    /// GPA-VALID: private, and within the address width.
+    pub(super) fn is_private(&self, gpa: Gpa) -> bool {
+        gpa.get() & self.config.not_private(self.platform_maxpa) == 0
+    }
+
+    /// Whether an address has bits that the TD does not have.
+    pub(super) fn is_too_wide(&self, gpa: Gpa) -> bool {
+        gpa.get() & self.config.missing_bits(self.platform_maxpa) != 0
+    }
 }
 
 /// A logical processor.

@@ -17,10 +17,7 @@ impl Cpu<'_> {
     pub(super) fn rtmr_extend(&mut self, regs: &Gprs) -> Result<Access, Leave> {
         let refused = |status| Ok(Access::Done(Err(status)));
         let gpa = Gpa::new(regs[Gpr::Rcx]);
-        let private = self
-            .inside
-            .config
-            .is_private_gpa(gpa, self.inside.platform_maxpa);
+        let private = self.inside.is_private(gpa);
         if !gpa.is_aligned(ALIGNMENT) || !private {
             return refused(Status::OPERAND_INVALID.with(OperandId::RCX));
         }

@@ -34,9 +34,7 @@ impl Cpu<'_> {
     /// An EPT violation with its raw exit qualification.
     pub(super) fn ept_violation(&self, gpa: Gpa, qualification: u64) -> Event {
         let config = &self.inside.config;
-        if config.is_too_wide(gpa, self.inside.platform_maxpa)
-            && qualification & GLA_VALID == GLA_VALID
-        {
+        if self.inside.is_too_wide(gpa) && qualification & GLA_VALID == GLA_VALID {
             return Ok(Self::inject(Vector::PF));
         }
         if config.is_shared(gpa) {

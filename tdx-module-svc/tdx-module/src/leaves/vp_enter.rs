@@ -104,7 +104,7 @@ pub(crate) fn enter(cx: &Cx<'_>, regs: &mut Regs, host: &Gprs) -> Result<Option<
         config: running.config.clone(),
         vcpu,
         tdvpr: Hpa::new(tdvpr),
-        platform_maxpa: running.platform_maxpa(),
+        platform_maxpa: running.platform_maxpa,
     };
     processor.enter(module, inside);
     drop(running);

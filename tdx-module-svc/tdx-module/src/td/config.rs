@@ -30,20 +30,24 @@ impl TdConfig {
 
     /// Whether the SHARED bit is set.
     pub(crate) fn is_shared(&self, gpa: Gpa) -> bool {
-        gpa.get() >> (self.gpa_width() - 1) & 1 != 0
+        gpa.get() & self.shared_bit() != 0
     }
 
-    /// Whether an address has bits that the TD, or the platform where it sets a bound, does not
-    /// have. The SHARED bit does not count.
-    pub(crate) fn is_too_wide(&self, gpa: Gpa, platform_maxpa: Option<u8>) -> bool {
+    /// Bits that a guest address cannot have: above the TD's address width, or above the bound
+    /// that the platform sets. The SHARED bit is not one of them.
+    pub(crate) fn missing_bits(&self, platform_maxpa: Option<u8>) -> u64 {
         let width = self.gpa_width();
         let limit = platform_maxpa.map_or(width, |maxpa| width.min(u32::from(maxpa)));
-        (gpa.get() & !(1 << (width - 1))) >> limit != 0
+        (u64::MAX << limit) & !self.shared_bit()
     }
 
-    /// GPA-VALID: private, and within the address width.
-    pub(crate) fn is_private_gpa(&self, gpa: Gpa, platform_maxpa: Option<u8>) -> bool {
-        !self.is_shared(gpa) && !self.is_too_wide(gpa, platform_maxpa)
+    /// Bits that no private address has.
+    pub(crate) fn not_private(&self, platform_maxpa: Option<u8>) -> u64 {
+        self.missing_bits(platform_maxpa) | self.shared_bit()
+    }
+
+    fn shared_bit(&self) -> u64 {
+        1 << (self.gpa_width() - 1)
     }
 
     /// TD_CTLS.PENDING_VE_DISABLE: a touch of a pending page exits to the host.
@@ -84,9 +88,11 @@ mod tests {
             (&wide, Some(46), 1 << 51, false, true, false),
         ] {
             let gpa = Gpa::new(gpa);
-            assert_eq!(config.is_private_gpa(gpa, maxpa), private, "{gpa}");
+            let is_private = gpa.get() & config.not_private(maxpa) == 0;
+            let is_too_wide = gpa.get() & config.missing_bits(maxpa) != 0;
+            assert_eq!(is_private, private, "{gpa}");
             assert_eq!(config.is_shared(gpa), shared, "{gpa}");
-            assert_eq!(config.is_too_wide(gpa, maxpa), too_wide, "{gpa}");
+            assert_eq!(is_too_wide, too_wide, "{gpa}");
         }
     }
 }
