@@ -211,7 +211,9 @@ pub(crate) fn seamcall(module: &Module, lp: LpId, call: &Seamcall) -> SeamcallRe
             if let Some([rcx, rdx]) = fail.details {
                 (run.regs.rcx, run.regs.rdx) = (rcx, rdx);
             }
-            return run.regs.result(fail.status, run.completed);
+            // TDH.VP.ENTER succeeds with an exit reason in the low half.
+            let completed = run.completed + u32::from(fail.status.is_success());
+            return run.regs.result(fail.status, completed);
         }
     }
     run.regs.result(CompletionStatus::SUCCESS, run.completed)

@@ -527,7 +527,8 @@ fn a_host_without_a_guest_gets_its_vcpu_back_by_an_interrupt() {
     let enter = Seamcall::new(Leaf::VP_ENTER).rcx(guest.tdvpr);
     for _ in 0..3 {
         let result = guest.host.call(&enter);
-        assert_eq!((result.rax, result.r9 >> 31), (1, 1), "{}", result.status());
+        let shown = (result.rax, result.r9 >> 31, result.completed);
+        assert_eq!(shown, (1, 1, 1), "{}", result.status());
     }
     assert_eq!(module.inspect_tds()[0].epoch_refcount, [0, 0]);
     guest.enter();
@@ -587,4 +588,31 @@ fn a_second_vcpu_on_a_processor_starts_without_translations() {
     assert!(module.inspect_tlb(LP).is_empty());
     other.leave();
     common::check_invariants(&module);
+}
+
+#[test]
+fn a_td_that_a_machine_check_has_lost_can_be_torn_down() {
+    let module = module();
+    let guest = Guest::new(&module);
+    guest.map(0x1000, LARGE);
+    guest.enter();
+    module.write_host_memory(Hpa::new(LARGE), &[1]);
+    assert!(guest.exits(&read(0x1000, 1)).violation.is_some());
+    let host = &guest.host;
+    host.must(Seamcall::new(Leaf::VP_FLUSH).rcx(guest.tdvpr));
+    host.must(Seamcall::new(Leaf::MNG_VPFLUSHDONE).rcx(guest.tdr));
+    host.must(Seamcall::new(Leaf::PHYMEM_CACHE_WB));
+    host.must(Seamcall::new(Leaf::MNG_KEY_FREEID).rcx(guest.tdr));
+    let mut pages = Vec::new();
+    module.inspect_pamt(|page| pages.push(page.hpa.get()));
+    for page in pages.into_iter().filter(|page| *page != guest.tdr) {
+        host.must(Seamcall::new(Leaf::PHYMEM_PAGE_RECLAIM).rcx(page));
+    }
+    host.must(Seamcall::new(Leaf::PHYMEM_PAGE_RECLAIM).rcx(guest.tdr));
+    common::check_invariants(&module);
+    // The page that the host wrote to is good for another TD.
+    let other = Guest::new(&module);
+    other.map(0x1000, LARGE);
+    other.enter();
+    assert_eq!(other.resumed(&read(0x1000, 1)).data, [0]);
 }

@@ -1,15 +1,17 @@
 //! TDH.VP.RD: reads a metadata field of a vCPU.
 //!
-//! Source: TDX module ABI, TDH.VP.RD. RCX TDVPR, RDX field id; output R8 value.
+//! Source: TDX module ABI, TDH.VP.RD. RCX TDVPR, RDX field id; output R8 value. Version 1: output
+//! RDX next field id, all-ones after the last; RDX all-ones asks for the first.
 //!
-//! Model: the association of the vCPU is not looked at; version 1 is accepted and leaves RDX alone.
+//! Model: the association of the vCPU is not looked at.
 
 use tdx_defs::{CompletionStatus as Status, Hpa, Leaf, OperandId, PageType};
 
+use super::sys_rd::{FIRST_FIELD, NO_FIELD};
 use crate::checks::{OpStateLock, inconsistent, invalid};
 use crate::dispatch::{Cx, Fail, Outcome, Regs};
 use crate::locks::LockMode;
-use crate::td::FieldError;
+use crate::td::{FieldError, Vcpu};
 
 pub(crate) fn vp_rd(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     regs.r8 = 0;
@@ -26,7 +28,15 @@ pub(crate) fn vp_rd(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
         .vcpus
         .get(Hpa::new(regs.rcx))
         .ok_or_else(inconsistent)?;
-    regs.r8 = vcpu.read_field(regs.rdx).map_err(field_fail)?;
+    let id = regs.rdx;
+    let wanted = (id != NO_FIELD).then_some(id);
+    if regs.version == 1 {
+        regs.rdx = Vcpu::next_field(wanted).unwrap_or(NO_FIELD);
+        if wanted.is_none() {
+            return Err(FIRST_FIELD.into());
+        }
+    }
+    regs.r8 = vcpu.read_field(id).map_err(field_fail)?;
     Ok(())
 }
 

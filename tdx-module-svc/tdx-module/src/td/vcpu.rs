@@ -163,6 +163,15 @@ impl Vcpu {
                 .is_ok()
     }
 
+    /// The id of the field that follows `id`; of the first one when `id` is none.
+    pub(crate) fn next_field(id: Option<u64>) -> Option<u64> {
+        let next = match id {
+            None => 0,
+            Some(id) => find_field(id).ok()? + 1,
+        };
+        FIELDS.get(next).map(|field| field.id)
+    }
+
     /// The value of a metadata field.
     pub(crate) fn read_field(&self, id: u64) -> Result<u64, FieldError> {
         let at = find_field(id)?;
@@ -205,6 +214,8 @@ mod tests {
         assert_eq!(vcpu.read_field(id), Ok(1 << 7));
         assert_eq!(vcpu.write_field(id, 0, 1), Err(FieldError::NotWritable));
         assert_eq!(vcpu.read_field(0x4002), Err(FieldError::Unknown));
+        let ids = std::iter::successors(Vcpu::next_field(None), |id| Vcpu::next_field(Some(*id)));
+        assert_eq!(ids.count(), FIELDS.len());
     }
 
     #[test]
