@@ -100,3 +100,49 @@ fn a_processor_that_holds_a_td_alone_makes_others_busy() {
     assert!(module.release_lock(lock, tdx_module::LockMode::Exclusive));
     host.must(track);
 }
+
+#[test]
+fn a_range_is_merged_and_split_while_another_processor_works_in_it() {
+    let module = Module::new(PlatformConfig::conformance()).unwrap();
+    let mut host = Host::new(&module, 0, 0x4000_0000);
+    let tdr = host.build_td(0x21);
+    host.link(tdr, 0);
+    let first = 0x4020_0000;
+    assert_eq!(host.aug(tdr, 0, first, 512).completed, 512);
+    let spare = [host.page(), host.page()];
+    let on = |leaf, rcx| Seamcall::new(leaf).rcx(rcx).rdx(tdr);
+    let merge = || {
+        let host = Host::new(&module, 1, 0);
+        let mut merged = 0;
+        for round in 0..4000 {
+            merged += host.call(&on(Leaf::MEM_PAGE_PROMOTE, 1)).completed;
+            let page = spare[round % 2];
+            host.call(&on(Leaf::MEM_PAGE_DEMOTE, 1).r8(page));
+        }
+        merged
+    };
+    let work = || {
+        let host = Host::new(&module, 2, 0);
+        for round in 0..8000u64 {
+            let gpa = round % 512 * PAGE;
+            if host.call(&on(Leaf::MEM_PAGE_REMOVE, gpa)).completed == 1 {
+                // The page has to come back, or nothing is ever merged again.
+                let back = on(Leaf::MEM_PAGE_AUG, gpa).r8(first + gpa);
+                while host.call(&back).status().is_busy() {}
+            }
+            host.call(&on(Leaf::MEM_RANGE_BLOCK, gpa));
+            while host
+                .call(&on(Leaf::MEM_RANGE_UNBLOCK, gpa))
+                .status()
+                .is_busy()
+            {}
+        }
+    };
+    let merged = std::thread::scope(|scope| {
+        let merging = scope.spawn(merge);
+        scope.spawn(work);
+        merging.join().unwrap()
+    });
+    assert!(merged > 0);
+    check_invariants(&module);
+}

@@ -4,9 +4,9 @@
 mod common;
 
 use common::Host;
-use tdx_defs::{CompletionStatus as Status, Hpa, Leaf, OperandId, Seamcall, field};
-use tdx_module::hooks::SystemState;
-use tdx_module::{Module, PlatformConfig, Release};
+use tdx_defs::{CompletionStatus as Status, Gpa, Hpa, Leaf, OperandId, Seamcall, TdxLevel, field};
+use tdx_module::hooks::{LockObject, SystemState};
+use tdx_module::{LockMode, Module, PlatformConfig, Release};
 
 const TDR: u64 = 0x4000_0000;
 
@@ -183,4 +183,71 @@ fn the_host_may_change_one_field_of_a_td_within_its_limits() {
     let read = Seamcall::new(Leaf::MNG_RD).rcx(tdr).rdx(timeout).version(1);
     let read = host.must(read);
     assert_eq!((read.r8, read.rdx), (20_000, field::TDCS_CONFIG_FLAGS));
+}
+
+/// 512 pages from the start of a large range, which can be merged.
+fn mergeable(module: &Module) -> Host<'_> {
+    let mut host = Host::new(module, 0, TDR);
+    let tdr = host.build_td(0x21);
+    host.link(tdr, 0);
+    assert_eq!(host.aug(tdr, 0, 0x4020_0000, 512).completed, 512);
+    host
+}
+
+#[test]
+fn merging_shares_the_tree_in_the_older_release_only() {
+    let tree = LockObject::SeptTree { tdr: Hpa::new(TDR) };
+    for (module, status) in modules().into_iter().zip([
+        Status::SUCCESS,
+        Status::OPERAND_BUSY.with(OperandId::SEPT_TREE),
+    ]) {
+        let host = mergeable(&module);
+        assert!(module.hold_lock(tree, LockMode::Shared));
+        let promote = Seamcall::new(Leaf::MEM_PAGE_PROMOTE).rcx(1).rdx(TDR);
+        assert_eq!(host.call(&promote).status(), status);
+        assert!(module.release_lock(tree, LockMode::Shared));
+        common::check_invariants(&module);
+    }
+}
+
+#[test]
+fn a_locked_page_cannot_be_merged() {
+    for (module, status) in modules().into_iter().zip([
+        Status::OPERAND_BUSY.with(OperandId::RCX),
+        Status::EPT_INVALID_PROMOTE_CONDITIONS.with(OperandId::RCX),
+    ]) {
+        let host = mergeable(&module);
+        let level = TdxLevel::new(0).unwrap();
+        let (tdr, gpa) = (Hpa::new(TDR), Gpa::new(0x7000));
+        let entry = LockObject::SeptEntry { tdr, gpa, level };
+        assert!(module.hold_lock_as_guest(entry, LockMode::Exclusive));
+        let promote = Seamcall::new(Leaf::MEM_PAGE_PROMOTE).rcx(1).rdx(TDR);
+        let refused = host.call(&promote);
+        assert_eq!((refused.status(), refused.rdx), (status, 0x8401));
+        assert!(module.release_lock(entry, LockMode::Exclusive));
+        host.must(Seamcall::new(Leaf::MEM_SEPT_RD).rcx(0x7000).rdx(TDR));
+        host.must(promote);
+        common::check_invariants(&module);
+    }
+}
+
+#[test]
+fn a_merged_table_is_used_again() {
+    for module in modules() {
+        let mut host = mergeable(&module);
+        for _ in 0..20 {
+            let promote = Seamcall::new(Leaf::MEM_PAGE_PROMOTE).rcx(1).rdx(TDR);
+            let table = host.must(promote).rcx;
+            host.must(
+                Seamcall::new(Leaf::MEM_PAGE_DEMOTE)
+                    .rcx(1)
+                    .rdx(TDR)
+                    .r8(table),
+            );
+            host.must(Seamcall::new(Leaf::MEM_RANGE_BLOCK).rcx(0x3000).rdx(TDR));
+            host.must(Seamcall::new(Leaf::MEM_RANGE_UNBLOCK).rcx(0x3000).rdx(TDR));
+        }
+        common::check_invariants(&module);
+        assert!(host.page() > TDR);
+    }
 }

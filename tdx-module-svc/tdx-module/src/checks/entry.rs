@@ -130,7 +130,8 @@ pub(crate) struct Tree<'r, 't> {
     mode: LockMode,
     guard: OnceCell<LockGuard<'t>>,
     /// The last table of 4 KiB entries, by GPA bits 51:21. While SEPT_TREE is held, nobody else
-    /// takes a table out of the tree or blocks a link to it.
+    /// blocks a link to it, and nobody uses it for something else: where TDH.MEM.PAGE.PROMOTE takes
+    /// it out of the tree, its entries stay locked.
     recent: Cell<Option<(u64, &'t Table)>>,
 }
 
@@ -141,6 +142,9 @@ impl<'t> Tree<'_, 't> {
         if self.guard.get().is_none() {
             // Nobody else can have set the cell in between.
             let _ = self.guard.set(self.running.lock_tree(self.mode)?);
+            if self.mode == LockMode::Exclusive {
+                self.running.td.sept().reuse_retired();
+            }
         }
         let lock = self.running.lock_entry(self.walk_to(operand)?)?;
         Ok(HeldEntry { lock })

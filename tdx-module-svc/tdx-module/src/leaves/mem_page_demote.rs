@@ -2,7 +2,8 @@
 //!
 //! Source: TDX module source, tdh_mem_page_demote.c. RCX level 1 or 2 and GPA, RDX TDR with
 //! L2_SEPT_ADD_MODE in bit 0, R8 page for the new table, R9 to R11 pages for tables of L2 VMs;
-//! outputs: entry details in RCX and RDX on a Secure EPT error.
+//! outputs: entry details in RCX and RDX on a Secure EPT error; R9 to R11 with bit 63 set where a
+//! page was not needed.
 //!
 //! Model: no page is mapped for an L2 VM, so a page for an L2 table is only ever looked at: its
 //! tree has no table below the root.
@@ -72,11 +73,24 @@ pub(crate) fn mem_page_demote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
         .assign_keeping_bepoch(PageType::EPT, td.tdr());
     td.add_children(1);
     cx.count_used(PageType::EPT, 1);
+    if rdx & L2_SEPT_ADD_MODE != 0 {
+        mark_not_needed(&running, regs);
+    }
     let link = module
         .format
         .entry(crate::sept::SeptState::NL_MAPPED, table_page.hpa);
     held.commit(link);
     Ok(())
+}
+
+/// Pages for L2 tables that were not needed, as the outputs R9 to R11 name them.
+fn mark_not_needed(running: &Running<'_>, regs: &mut Regs) {
+    let pages = [&mut regs.r9, &mut regs.r10, &mut regs.r11];
+    for page in pages.into_iter().take(running.config.num_l2_vms.into()) {
+        if optional_page(*page).is_some() {
+            *page |= NOT_NEEDED;
+        }
+    }
 }
 
 /// Stopped before anything was done: RCX and RDX as they came.

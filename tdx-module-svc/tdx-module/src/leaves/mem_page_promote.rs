@@ -4,8 +4,9 @@
 //! TDR; outputs: RCX the freed Secure EPT page, or entry details in RCX and RDX; version 1: R9 to
 //! R11 freed pages of L2 VMs.
 //!
-//! Model: SEPT_TREE is taken exclusively, as from release 1.5.06 on. Release 1.5.05 shares it and
-//! locks each child entry instead, which leaves other processors a way into the freed table.
+//! Release 1.5.05 shares SEPT_TREE and locks each child entry instead. Another processor may still be
+//! on its way into the table that is freed: it finds the entries locked, and the table is not used
+//! again before somebody has held SEPT_TREE alone.
 
 use tdx_defs::{ALL_ONES_HPA, CompletionStatus as Status, Leaf, OperandId, PageType};
 
@@ -14,7 +15,7 @@ use crate::checks::{HeldEntry, OpStateLock, Running, SeptOperand, busy, inconsis
 use crate::dispatch::{Cx, Fail, Outcome, Regs};
 use crate::locks::LockMode;
 use crate::pamt::{PageSize, PamtEntry};
-use crate::sept::{ENTRIES, SeptEntry, SeptState, Slot, Table};
+use crate::sept::{ENTRIES, EntryLock, SeptEntry, SeptState, Slot, Table};
 
 pub(crate) fn mem_page_promote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let (rcx, rdx) = (std::mem::take(&mut regs.rcx), std::mem::take(&mut regs.rdx));
@@ -28,7 +29,12 @@ pub(crate) fn mem_page_promote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let td = cx.lock_tdr(rdx, OperandId::RDX, LockMode::Shared)?;
     let running = td.check_state(cx, Leaf::MEM_PAGE_PROMOTE, OpStateLock::Shared)?;
     let operand = SeptOperand::decode(rcx, 1, 2)?;
-    let tree = running.tree(LockMode::Exclusive);
+    let mode = if running.is_1_5_05() {
+        LockMode::Shared
+    } else {
+        LockMode::Exclusive
+    };
+    let tree = running.tree(mode);
     let held = tree.hold_entry(operand)?;
     held.check_allows(Leaf::MEM_PAGE_PROMOTE)?;
     let table_page = held.value().page();
@@ -40,7 +46,7 @@ pub(crate) fn mem_page_promote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let size = PageSize::of_level(operand.level).ok_or_else(inconsistent)?;
     let child = size.smaller().ok_or_else(inconsistent)?;
     let table = td.sept().child(held.slot()).ok_or_else(inconsistent)?;
-    let first = check_mergeable(&running, &held, table, child)?;
+    let (first, children) = check_mergeable(&running, &held, table, child)?;
     if module.conditions.interrupt_pending(0) {
         return Err(restart(rcx, rdx));
     }
@@ -55,7 +61,12 @@ pub(crate) fn mem_page_promote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     merge_metadata(cx, first, child, large, td.tdr());
     let slot = held.slot();
     held.commit(module.format.entry(first.state(), first.page()));
-    td.sept().drop_child(slot);
+    if mode == LockMode::Shared {
+        children.into_iter().for_each(EntryLock::keep);
+        td.sept().retire_child(slot);
+    } else {
+        td.sept().drop_child(slot);
+    }
     table_entry.free();
     td.remove_children(1);
     cx.count_freed(PageType::EPT, 1);
@@ -64,33 +75,45 @@ pub(crate) fn mem_page_promote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
 }
 
 /// Whether the 512 entries make one large page: all mapped or all pending, physically contiguous,
-/// aligned and unlocked. Answers the first.
-fn check_mergeable(
+/// aligned and unlocked. Answers the first, and what was locked on the way.
+fn check_mergeable<'t>(
     running: &Running<'_>,
     held: &HeldEntry<'_>,
-    table: &Table,
+    table: &'t Table,
     child: PageSize,
-) -> Result<SeptEntry, Fail> {
+) -> Result<(SeptEntry, Vec<EntryLock<'t>>), Fail> {
     let refused = || held.fail(Status::EPT_INVALID_PROMOTE_CONDITIONS);
-    let read = |index| Slot::at(table, index, held.slot().level - 1).read();
-    let first = read(0);
+    let slot = |index| Slot::at(table, index, held.slot().level - 1);
     let whole = ENTRIES as u64 * child.bytes();
-    let usable = [SeptState::MAPPED, SeptState::PENDING].contains(&first.state());
-    if !usable || !first.page().is_aligned(whole) {
-        return Err(refused());
-    }
+    let mut locks = Vec::new();
+    let mut first = None;
     for index in 0..ENTRIES {
-        let entry = read(index);
         // Release 1.5.05 takes the lock of each child, later ones compare it with the rest.
-        if entry.is_locked() && running.is_1_5_05() {
-            return Err(held.fail(Status::OPERAND_BUSY));
+        let entry = if running.is_1_5_05() {
+            let busy = || held.fail(Status::OPERAND_BUSY);
+            let lock = slot(index).try_lock().ok_or_else(busy)?;
+            let entry = lock.value();
+            locks.push(lock);
+            entry
+        } else {
+            slot(index).read()
+        };
+        // What a guest had begun to accept of a 2 MiB page does not count.
+        let entry = if child == PageSize::Large {
+            entry.with_accept_counter(0)
+        } else {
+            entry
+        };
+        let first = *first.get_or_insert(entry);
+        let usable = [SeptState::MAPPED, SeptState::PENDING].contains(&first.state());
+        if entry.is_locked() || !usable || !first.page().is_aligned(whole) {
+            return Err(refused());
         }
-        let expected = first.merge_view() + index as u64 * child.bytes();
-        if entry.is_locked() || entry.merge_view() != expected {
+        if entry.merge_view() != first.merge_view() + index as u64 * child.bytes() {
             return Err(refused());
         }
     }
-    Ok(first)
+    Ok((first.ok_or_else(inconsistent)?, locks))
 }
 
 /// The large metadata entry takes the place of 512 smaller ones. Its BEPOCH keeps its old value.

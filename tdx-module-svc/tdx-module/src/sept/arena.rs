@@ -10,9 +10,10 @@
 //! Invariants
 //! - A1  The child number beside a NL_MAPPED or NL_BLOCKED entry names a table that no other
 //!   entry names. It is written before the entry, under the entry's lock.
-//! - A2  A table in the list of spare ones is reachable from no entry.
+//! - A2  A table in the list of spare ones is reachable from no entry, and nobody is on the way to
+//!   it.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::entry::SeptEntry;
@@ -76,11 +77,15 @@ type Directory = Box<[OnceLock<Box<[Table]>>]>;
 pub(crate) struct Arena {
     directories: [OnceLock<Directory>; DIRECTORIES],
     spare: Mutex<Spare>,
+    /// Whether the list of retired tables has any: looked at without the lock.
+    has_retired: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Spare {
     returned: Vec<u32>,
+    /// Not linked any more, but somebody may still be on the way to them.
+    retired: Vec<u32>,
     /// Numbers from here on were never given out.
     fresh: u32,
 }
@@ -90,6 +95,7 @@ impl Arena {
         Self {
             directories: [const { OnceLock::new() }; DIRECTORIES],
             spare: Mutex::default(),
+            has_retired: AtomicBool::new(false),
         }
     }
 
@@ -126,6 +132,21 @@ impl Arena {
     /// Gives a table back.
     pub(crate) fn give_back(&self, table: u32) {
         self.spare().returned.push(table);
+    }
+
+    /// Takes a table out of use, until [`Arena::reuse_retired`].
+    pub(crate) fn retire(&self, table: u32) {
+        self.spare().retired.push(table);
+        self.has_retired.store(true, Ordering::Release);
+    }
+
+    /// Gives back what was retired. Nobody is on the way to any table.
+    pub(crate) fn reuse_retired(&self) {
+        if self.has_retired.swap(false, Ordering::Acquire) {
+            let mut spare = self.spare();
+            let retired = std::mem::take(&mut spare.retired);
+            spare.returned.extend(retired);
+        }
     }
 
     // The list stays whole when its holder panics: each step is one push or pop.

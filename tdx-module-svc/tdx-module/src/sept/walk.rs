@@ -104,6 +104,19 @@ impl Sept {
         self.arena.get(table)
     }
 
+    /// Takes the table behind `slot` out of use. It is no longer linked, but walks that hold
+    /// SEPT_TREE shared may still reach it: its entries are locked.
+    pub(crate) fn retire_child(&self, slot: Slot<'_>) {
+        if let Some(table) = slot.table.child(slot.index) {
+            self.arena.retire(table);
+        }
+    }
+
+    /// Makes retired tables usable again. The caller holds SEPT_TREE exclusively.
+    pub(crate) fn reuse_retired(&self) {
+        self.arena.reuse_retired();
+    }
+
     /// Gives back the table behind `slot`, which is no longer linked.
     pub(crate) fn drop_child(&self, slot: Slot<'_>) {
         if let Some(table) = slot.table.child(slot.index) {
@@ -232,6 +245,11 @@ impl<'t> EntryLock<'t> {
     /// Its value, read under the lock, without the lock bits.
     pub(crate) fn value(&self) -> SeptEntry {
         self.value
+    }
+
+    /// Leaves the entry locked for good: its table is taken out of use.
+    pub(crate) fn keep(mut self) {
+        self.held = false;
     }
 
     /// Writes a new value and releases the entry. A priority that a host call claimed in the
