@@ -4,6 +4,7 @@
 //! GPA-VALID, WALK, TRACK …) are used by all leaves.
 
 mod entry;
+mod l2;
 mod page;
 mod td;
 
@@ -15,6 +16,7 @@ use crate::sept::SeptEntry;
 use crate::td::Td;
 
 pub(crate) use entry::{HeldEntry, SeptOperand, Tree};
+pub(crate) use l2::{L2_VMS, L2Tables, l2_fail, l2_operand};
 pub(crate) use page::{FreePages, Taken};
 pub(crate) use td::{LockedTd, OpStateLock, Running};
 

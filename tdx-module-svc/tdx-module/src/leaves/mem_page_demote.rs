@@ -5,26 +5,24 @@
 //! outputs: entry details in RCX and RDX on a Secure EPT error; R9 to R11 with bit 63 set where a
 //! page was not needed.
 //!
-//! Model: no page is mapped for an L2 VM, so a page for an L2 table is only ever looked at: its
-//! tree has no table below the root.
+//! Model: no page is mapped for an L2 VM, so a page for an L2 table becomes a table without entries.
 
 use tdx_defs::{CompletionStatus as Status, Hpa, Leaf, OperandId, PageType};
 
 use crate::checks::{
-    OpStateLock, Running, SeptOperand, busy, inconsistent, invalid, optional_page,
+    OpStateLock, Running, SeptOperand, Taken, busy, inconsistent, invalid, l2_operand,
+    optional_page,
 };
 use crate::dispatch::{Cx, Fail, Outcome, Regs};
 use crate::locks::LockMode;
 use crate::pamt::{PageSize, PamtEntry};
-use crate::sept::{ENTRIES, Slot};
+use crate::sept::{ENTRIES, SeptState, Slot};
 
 /// RDX bit 0: pages for L2 tables may be left unused.
 const L2_SEPT_ADD_MODE: u64 = 1;
 const RDX_USED: u64 = 0x000F_FFFF_FFFF_F001;
 /// Bit 63 of a page operand: it was not needed the last time.
 const NOT_NEEDED: u64 = 1 << 63;
-/// Public state of a free entry of an L2 tree.
-const L2_FREE: u64 = 64;
 
 pub(crate) fn mem_page_demote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let (rcx, rdx) = (std::mem::take(&mut regs.rcx), std::mem::take(&mut regs.rdx));
@@ -44,12 +42,20 @@ pub(crate) fn mem_page_demote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let large = module.entry_behind(old, operand.level)?;
     running.check_tracked(&held, large)?;
     let table_page = module.lock_free_page(regs.r8, OperandId::R8)?;
+    let mut l2 = Vec::new();
     if rdx & L2_SEPT_ADD_MODE == 0 {
-        check_l2_pages(cx, &running, regs)?;
+        for (vm, page) in lock_l2_pages(cx, &running, regs)? {
+            let check = u32::try_from(l2.len()).unwrap_or(0);
+            if module.conditions.interrupt_pending(check) {
+                return Err(restart(rcx, rdx));
+            }
+            l2.push((vm, running.walk_l2(vm, operand)?.slot, page));
+        }
     }
     // Release 1.5.34 looks for an interrupt only when there is L2 work to do.
     let looks = running.is_1_5_05() || running.config.num_l2_vms > 0;
-    if looks && module.conditions.interrupt_pending(0) {
+    let check = u32::try_from(l2.len()).unwrap_or(0);
+    if looks && module.conditions.interrupt_pending(check) {
         return Err(restart(rcx, rdx));
     }
     let _large = large
@@ -76,9 +82,16 @@ pub(crate) fn mem_page_demote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     if rdx & L2_SEPT_ADD_MODE != 0 {
         mark_not_needed(&running, regs);
     }
-    let link = module
-        .format
-        .entry(crate::sept::SeptState::NL_MAPPED, table_page.hpa);
+    let mut link = module.format.entry(SeptState::NL_MAPPED, table_page.hpa);
+    for (vm, slot, page) in l2 {
+        let sept = td.l2_sept(vm).ok_or_else(inconsistent)?;
+        sept.prepare_child(slot).ok_or_else(inconsistent)?;
+        slot.write_alone(module.format.entry(SeptState::NL_MAPPED, page.hpa));
+        link = link.with_alias(vm);
+        page.entry.assign_keeping_bepoch(PageType::EPT, td.tdr());
+        td.add_children(1);
+        cx.count_used(PageType::EPT, 1);
+    }
     held.commit(link);
     Ok(())
 }
@@ -118,28 +131,20 @@ fn split_metadata(cx: &Cx<'_>, first: Hpa, child: PageSize, large: &PamtEntry, t
     large.free();
 }
 
-/// A page for the table of an L2 VM: it has to be free, and the VM's tree has to reach its place.
-fn check_l2_pages(cx: &Cx<'_>, running: &Running<'_>, regs: &Regs) -> Outcome {
-    let pages = [
-        (1, regs.r9, OperandId::R9),
-        (2, regs.r10, OperandId::R10),
-        (3, regs.r11, OperandId::R11),
-    ];
-    for (vm, page, operand) in pages {
-        let Some(page) = optional_page(page) else {
-            continue;
-        };
-        if vm > u32::from(running.config.num_l2_vms) {
-            continue;
+/// The pages for tables of L2 VMs: they have to be free.
+fn lock_l2_pages<'m>(
+    cx: &Cx<'m>,
+    running: &Running<'_>,
+    regs: &mut Regs,
+) -> Result<Vec<(u8, Taken<'m>)>, Fail> {
+    let mut pages = Vec::new();
+    for vm in running.l2_vms() {
+        if let Some(page) = optional_page(*regs.l2_page(vm)) {
+            let page = cx
+                .module
+                .lock_free_page(page & !NOT_NEEDED, l2_operand(vm))?;
+            pages.push((vm, page));
         }
-        cx.module.lock_free_page(page & !NOT_NEEDED, operand)?;
-        let level = running.config.root_level;
-        let status = Status::L2_SEPT_WALK_FAILED.with_details(vm << 16 | u32::from(level));
-        let rdx = u64::from(vm) << 16 | L2_FREE << 8 | u64::from(level);
-        return Err(Fail {
-            status,
-            details: Some([1 << 63, rdx]),
-        });
     }
-    Ok(())
+    Ok(pages)
 }

@@ -11,7 +11,9 @@
 use tdx_defs::{ALL_ONES_HPA, CompletionStatus as Status, Leaf, OperandId, PageType};
 
 use super::mem_page_demote::{pages_of, restart};
-use crate::checks::{HeldEntry, OpStateLock, Running, SeptOperand, busy, inconsistent, invalid};
+use crate::checks::{
+    HeldEntry, L2Tables, OpStateLock, Running, SeptOperand, busy, inconsistent, invalid,
+};
 use crate::dispatch::{Cx, Fail, Outcome, Regs};
 use crate::locks::LockMode;
 use crate::pamt::{PageSize, PamtEntry};
@@ -47,7 +49,11 @@ pub(crate) fn mem_page_promote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let child = size.smaller().ok_or_else(inconsistent)?;
     let table = td.sept().child(held.slot()).ok_or_else(inconsistent)?;
     let (first, children) = check_mergeable(&running, &held, table, child)?;
-    if module.conditions.interrupt_pending(0) {
+    // A look for an interrupt before each table of an L2 VM, and one at the end. As no page is
+    // mapped for an L2 VM, its tables are free of entries.
+    let l2_tables = L2Tables::lock(module, &running, held.value(), operand)?;
+    let looks = u32::try_from(l2_tables.len()).unwrap_or(0);
+    if (0..=looks).any(|check| module.conditions.interrupt_pending(check)) {
         return Err(restart(rcx, rdx));
     }
     let large = module
@@ -60,6 +66,8 @@ pub(crate) fn mem_page_promote(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
 
     merge_metadata(cx, first, child, large, td.tdr());
     let slot = held.slot();
+    cx.count_freed(PageType::EPT, l2_tables.len());
+    l2_tables.remove(&running, regs);
     held.commit(module.format.entry(first.state(), first.page()));
     if mode == LockMode::Shared {
         children.into_iter().for_each(EntryLock::keep);

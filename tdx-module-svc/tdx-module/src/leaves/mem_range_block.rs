@@ -8,6 +8,7 @@ use tdx_defs::{CompletionStatus as Status, Leaf, OperandId};
 use crate::checks::{OpStateLock, SeptOperand};
 use crate::dispatch::{Cx, Outcome, Run};
 use crate::locks::LockMode;
+use crate::sept::SeptState;
 
 pub(crate) fn mem_range_block(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
     let td = cx.lock_tdr(run.take_tdr(), OperandId::RDX, LockMode::Shared)?;
@@ -28,7 +29,9 @@ pub(crate) fn mem_range_block(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
         }
         let behind = cx.module.entry_behind(old, operand.level)?;
 
-        held.commit(cx.module.format.entry(old.state().blocked(), old.page()));
+        let blocked = cx.module.format.entry(old.state().blocked(), old.page());
+        running.change_l2(cx.module, old, operand, SeptState::blocked)?;
+        held.commit(blocked.with_aliases_of(old));
         // The epoch is read once nobody can start to use the entry.
         behind.set_bepoch(running.td.epochs().current());
         Ok(())

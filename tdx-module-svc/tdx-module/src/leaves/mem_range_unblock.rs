@@ -8,6 +8,7 @@ use tdx_defs::{Leaf, OperandId};
 use crate::checks::{OpStateLock, SeptOperand};
 use crate::dispatch::{Cx, Outcome, Run};
 use crate::locks::LockMode;
+use crate::sept::SeptState;
 
 pub(crate) fn mem_range_unblock(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
     let td = cx.lock_tdr(run.take_tdr(), OperandId::RDX, LockMode::Shared)?;
@@ -21,7 +22,9 @@ pub(crate) fn mem_range_unblock(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
         let old = held.value();
         running.check_tracked(&held, cx.module.entry_behind(old, operand.level)?)?;
 
-        held.commit(cx.module.format.entry(old.state().unblocked(), old.page()));
+        let usable = cx.module.format.entry(old.state().unblocked(), old.page());
+        running.change_l2(cx.module, old, operand, SeptState::unblocked)?;
+        held.commit(usable.with_aliases_of(old));
         Ok(())
     })
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use tdx_defs::{ALL_ONES_HPA, CompletionStatus as Status, Leaf, OperandId, PageType};
 
-use crate::checks::{OpStateLock, SeptOperand, busy, inconsistent, invalid};
+use crate::checks::{L2Tables, OpStateLock, SeptOperand, busy, inconsistent, invalid};
 use crate::dispatch::{Cx, Outcome, Regs};
 use crate::locks::LockMode;
 use crate::sept::SeptEntry;
@@ -43,7 +43,11 @@ pub(crate) fn mem_sept_remove(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
         return Err(held.fail(Status::EPT_PAGE_NOT_FREE));
     }
 
+    let l2_tables = L2Tables::lock(cx.module, &running, held.value(), operand)?;
+
     let slot = held.slot();
+    cx.count_freed(PageType::EPT, l2_tables.len());
+    l2_tables.remove(&running, regs);
     held.commit(SeptEntry::FREE);
     sept.drop_child(slot);
     entry.free();

@@ -21,6 +21,9 @@ const PS: u64 = 1 << 7;
 const ACCESSED: u64 = 1 << 8;
 const DIRTY: u64 = 1 << 9;
 const HPA: u64 = 0x000F_FFFF_FFFF_F000;
+/// TDAL1 to TDAL3, bits 58 to 60; VM number 1 has the first.
+const FIRST_ALIAS: u32 = 57;
+const ALIASES: u64 = 0b111 << 58;
 /// Bits 20:12 of the entry of a pending 2 MiB page.
 const ACCEPT_COUNTER: u64 = 0x1F_F000;
 const SUPPRESS_VE: u64 = 1 << 63;
@@ -119,6 +122,21 @@ impl SeptEntry {
     /// TDEL: whether somebody holds it.
     pub(crate) fn is_locked(self) -> bool {
         self.0 & LOCKED != 0
+    }
+
+    /// Whether the tree of an L2 VM (1 to 3) has a table beside the one behind this entry.
+    pub(crate) fn is_aliased(self, vm: u8) -> bool {
+        self.0 >> (FIRST_ALIAS + u32::from(vm)) & 1 != 0
+    }
+
+    /// The entry with an alias more.
+    pub(crate) fn with_alias(self, vm: u8) -> Self {
+        Self(self.0 | 1 << (FIRST_ALIAS + u32::from(vm)))
+    }
+
+    /// The entry with the aliases of another one.
+    pub(crate) fn with_aliases_of(self, other: Self) -> Self {
+        Self(self.0 | other.0 & ALIASES)
     }
 
     /// Whether a walk goes on below the entry.

@@ -100,6 +100,8 @@ pub(crate) struct Td {
     /// SEPT_TREE.
     pub(crate) sept_lock: Lock,
     sept: Sept,
+    /// The trees of L2 VMs 1 to 3.
+    l2_septs: [Sept; 3],
     measurement: Mutex<Measurement>,
     rtmrs: Rtmrs,
 }
@@ -126,6 +128,7 @@ impl Td {
             hp_lock_timeout: AtomicU64::new(fields::HP_LOCK_TIMEOUT),
             sept_lock: Lock::default(),
             sept: Sept::new(),
+            l2_septs: [(), (), ()].map(|()| Sept::new()),
             measurement: Mutex::default(),
             rtmrs: Rtmrs::default(),
         }
@@ -227,8 +230,13 @@ impl Td {
 
     /// TDH.MNG.INIT has succeeded. The caller holds the TDR exclusively.
     pub(crate) fn initialize(&self, config: TdConfig) {
+        let l2_vms = usize::from(config.num_l2_vms);
         if self.config.set(config).is_ok() {
             self.sept.create_root();
+            self.l2_septs
+                .iter()
+                .take(l2_vms)
+                .for_each(Sept::create_root);
         }
         self.op_state
             .store(OpState::Initialized as u8, Ordering::Release);
@@ -310,6 +318,11 @@ impl Td {
     /// The run-time measurements.
     pub(crate) fn rtmrs(&self) -> &Rtmrs {
         &self.rtmrs
+    }
+
+    /// The tree of an L2 VM (1 to 3).
+    pub(crate) fn l2_sept(&self, vm: u8) -> Option<&Sept> {
+        self.l2_septs.get(usize::from(vm.checked_sub(1)?))
     }
 
     /// The measurement. Leaves that add to it hold the TDR exclusively, so this never waits long.
