@@ -17,6 +17,7 @@ mod common;
 mod bugs;
 mod counts;
 mod error;
+mod guest;
 mod host;
 mod memory;
 mod mmu;
@@ -28,6 +29,7 @@ mod vm;
 pub use bugs::{Bugs, Check};
 pub use counts::{Counts, SeamcallCounts};
 pub use error::{ErrorKind, MemoryFault, VmError, errno};
+pub use guest::{Entry, GuestOp, GuestPort, GuestStep, MAX_GUEST_ACCESS, Resumed};
 pub use host::{Host, HostError, MemoryRange, Platform};
 pub use memory::slots::{MAX_SLOT_PAGES, MAX_SLOTS, SlotSpec};
 pub use mmu::role::RootKind;
@@ -35,5 +37,6 @@ pub use mmu::spte::SpteKind;
 pub use seam::{Batch, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
 pub use vm::{
     AuditReport, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure, Mismatch,
-    Mode, RetPf, RootInfo, Stats, TreeEntry, Vm, VmConfig, VmInfo, Walk, WalkEntry,
+    Mode, RetPf, RootInfo, RunExit, RunReport, RunRequest, Stats, TreeEntry, Vm, VmConfig, VmInfo,
+    Walk, WalkEntry,
 };

@@ -54,6 +54,11 @@ impl GpaLayout {
         self.width() - 1
     }
 
+    /// The SHARED bit as an address mask.
+    pub const fn shared_mask(self) -> u64 {
+        1 << self.shared_bit()
+    }
+
     /// The SHARED bit as a frame-number mask: `gfn_direct_bits`.
     pub const fn direct_bits(self) -> u64 {
         1 << (self.shared_bit() - PAGE_SHIFT)

@@ -26,7 +26,6 @@ use crate::counts::Counts;
 use crate::mmu::removal::ExternalOp;
 use crate::mmu::spte;
 use crate::seam::SeamError;
-use crate::sync::atomic::Ordering;
 
 /// A private leaf that goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,7 +123,7 @@ impl Hooks<'_> {
             self.each(seam, &leaves[..1], &mut ignored, true, &|_| {
                 calls::mem_track(tdr)
             })?;
-            kick(&mut seam.counts);
+            self.kick(&mut seam.counts);
         }
         self.each(seam, leaves, &mut kept, true, &|leaf| {
             calls::mem_page_remove(tdr, leaf.gfn, Level::L4K)
@@ -150,20 +149,31 @@ impl Hooks<'_> {
         let on: Vec<usize> = (0..leaves.len()).filter(|at| !out.contains(at)).collect();
         let steps: Vec<Step> = on.iter().map(|&at| call(&leaves[at])).collect();
         let mut retrying = None;
+        let mut held = false;
         let outcome = seam.script(&steps, &mut |counts, at, result| {
             // tdh_do_no_vcpus: once more, with every vCPU kept outside.
             if retried && result.status().is_busy() && retrying != Some(at) {
                 retrying = Some(at);
-                self.td.wait_for_sept_zap.store(true, Ordering::SeqCst);
-                kick(counts);
+                if !std::mem::replace(&mut held, true) {
+                    self.td.modes.hold();
+                }
+                self.kick(counts);
                 return Verdict::Again;
             }
             self.failed(steps[at].leaf, leaves[on[at]].gfn, result);
             out.insert(on[at]);
             Verdict::Next
         });
-        self.td.wait_for_sept_zap.store(false, Ordering::SeqCst);
+        if held {
+            self.td.modes.release();
+        }
         outcome
+    }
+
+    /// KVM_REQ_OUTSIDE_GUEST_MODE to every vCPU.
+    fn kick(&self, counts: &mut Counts) {
+        counts.kicks += 1;
+        self.td.modes.kick();
     }
 
     fn failed(&self, leaf: Leaf, gfn: Gfn, result: &SeamcallResult) {
@@ -207,14 +217,6 @@ impl Hooks<'_> {
             .extend(tables.iter().filter(|page| !leaked.contains(page)));
         Ok(())
     }
-}
-
-/// KVM_REQ_OUTSIDE_GUEST_MODE to every vCPU.
-///
-/// Model: no vCPU stays inside the guest between two calls, so the round itself has nobody to
-/// wait for; it is counted where the kernel makes it.
-pub(crate) fn kick(counts: &mut Counts) {
-    counts.kicks += 1;
 }
 
 /// TDH.PHYMEM.PAGE.RECLAIM of each page, in order; the pages that did not come back.

@@ -4,7 +4,8 @@
 
 use tdx_defs::Pfn;
 
-use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use super::guest_mode::GuestModes;
+use crate::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 
 /// kvm_tdx->state.
@@ -34,8 +35,8 @@ pub(crate) struct Td {
     state: AtomicU8,
     /// 0: none, or given back.
     hkid: AtomicU32,
-    /// While set, a vCPU about to enter the guest turns back.
-    pub(crate) wait_for_sept_zap: AtomicBool,
+    /// Which vCPUs are inside the guest.
+    pub(crate) modes: GuestModes,
     mrtd: Mutex<Option<[u8; 48]>>,
 }
 
@@ -47,7 +48,7 @@ impl Td {
             tdcs: Mutex::default(),
             state: AtomicU8::new(0),
             hkid: AtomicU32::new(0),
-            wait_for_sept_zap: AtomicBool::new(false),
+            modes: GuestModes::default(),
             mrtd: Mutex::new(None),
         }
     }

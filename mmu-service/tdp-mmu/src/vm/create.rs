@@ -53,6 +53,7 @@ impl Vm {
             gmem_lock: Mutex::default(),
             invalidation: super::Invalidation::default(),
             vcpus: super::ArcSwap::default(),
+            exit_hypercall: super::AtomicBool::new(true),
             counts: Mutex::default(),
             leaked: super::AtomicU64::new(0),
             destroyed: super::AtomicBool::new(false),

@@ -86,7 +86,7 @@ impl Vm {
     /// The vCPU's direct and mirror root, loaded if they are not.
     pub(super) fn roots_of(
         &self,
-        vcpu: &Arc<Vcpu>,
+        vcpu: &Vcpu,
         run: &mut MutexGuard<'_, Run>,
     ) -> Result<(TableId, TableId), VmError> {
         self.reload(vcpu, run)?;

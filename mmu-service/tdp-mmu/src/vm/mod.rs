@@ -14,9 +14,11 @@ mod fault;
 mod faulting;
 mod image;
 mod inspect;
+mod map_gpa;
 mod prefault;
 mod resolve;
 mod roots;
+mod run;
 mod slots;
 mod spans;
 mod types;
@@ -41,6 +43,7 @@ use crate::sync::{Mutex, lock};
 use crate::tdx::remove::Hooks;
 use crate::tdx::seam::Seam;
 use crate::tdx::td::{Td, TdState};
+pub use run::{RunExit, RunReport, RunRequest};
 pub use types::{
     AuditReport, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure, Mismatch,
     Mode, RetPf, RootInfo, Stats, TreeEntry, VmConfig, VmInfo, Walk, WalkEntry,
@@ -64,6 +67,8 @@ pub struct Vm {
     gmem_lock: Mutex<()>,
     invalidation: Invalidation,
     vcpus: ArcSwap<Vec<Arc<Vcpu>>>,
+    /// KVM_CAP_EXIT_HYPERCALL for KVM_HC_MAP_GPA_RANGE.
+    exit_hypercall: AtomicBool,
     /// What operations on the whole VM did.
     counts: Mutex<Counts>,
     /// Pages that never came back.
@@ -75,6 +80,16 @@ impl Vm {
     /// Checks that failed so far.
     pub fn bugs(&self) -> &Bugs {
         &self.mmu.bugs
+    }
+
+    /// KVM_ENABLE_CAP of KVM_CAP_EXIT_HYPERCALL: whether a guest's MapGPA leaves to user space. It
+    /// does unless switched off.
+    pub fn set_exit_hypercall(&self, exits: bool) {
+        self.exit_hypercall.store(exits, Ordering::Release);
+    }
+
+    fn exits_hypercall(&self) -> bool {
+        self.exit_hypercall.load(Ordering::Acquire)
     }
 
     fn seam(&self, lp: u32) -> Seam<'_> {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use tdx_defs::{Leaf, Level, Pfn, field};
 
 use super::Vm;
+use super::map_gpa::Vmcall;
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
@@ -19,6 +20,7 @@ use crate::mmu::arena::TableId;
 use crate::mmu::role::RootKind;
 use crate::sync::{Mutex, MutexGuard, lock};
 use crate::tdx::calls;
+use crate::tdx::guest_mode::GuestMode;
 use crate::tdx::lifecycle::{self, expect, out_of_memory};
 use crate::tdx::td::TdState;
 
@@ -27,6 +29,8 @@ pub(crate) struct Vcpu {
     pub(crate) id: u32,
     /// Logical processor that it runs on.
     pub(crate) lp: u32,
+    /// Whether it is inside the guest.
+    pub(crate) mode: Arc<GuestMode>,
     /// `vcpu->mutex`.
     pub(crate) run: Mutex<Run>,
 }
@@ -41,6 +45,8 @@ pub(crate) struct Run {
     pub(crate) mirror_root: Option<TableId>,
     /// What its faults did.
     pub(crate) counts: Counts,
+    /// A TDG.VP.VMCALL that is not answered yet.
+    pub(crate) vmcall: Option<Vmcall>,
 }
 
 impl Run {
@@ -107,10 +113,12 @@ impl Vm {
             root: None,
             mirror_root: None,
             counts: Counts::default(),
+            vmcall: None,
         };
         Ok(Vcpu {
             id,
             lp: id % self.host.platform().logical_processors,
+            mode: self.td.modes.add(),
             run: Mutex::new(run),
         })
     }
