@@ -68,6 +68,13 @@ impl Tally {
         self.seamcalls.values().map(|(_, count)| count).sum()
     }
 
+    /// How many there were of one leaf.
+    pub fn count(&self, leaf: Leaf) -> u64 {
+        self.seamcalls
+            .get(&leaf.0.into())
+            .map_or(0, |(_, count)| *count)
+    }
+
     /// Leaf names with their counts, by leaf number.
     pub fn seamcalls(&self) -> impl Iterator<Item = (&str, u64)> {
         self.seamcalls
@@ -161,6 +168,8 @@ mod tests {
             [("TDH.MEM.SEPT.ADD", 1), ("TDH.MEM.PAGE.AUG", 7)]
         );
         assert_eq!((tally.seamcall_count(), tally.rpcs, tally.kicks), (8, 3, 1));
+        assert_eq!(tally.count(Leaf::MEM_PAGE_AUG), 7);
+        assert_eq!(tally.count(Leaf::MEM_TRACK), 0);
         assert_eq!(tally.to_json()["seamcalls"]["TDH.MEM.PAGE.AUG"], 7);
     }
 }

@@ -5,9 +5,10 @@
 //!
 //! Invariants of a parsed image
 //! - F1  Each section's contents lie inside the image and are not larger than its memory.
-//! - F2  Memory ranges are page aligned, not empty, below 2^52 and do not overlap.
+//! - F2  Memory ranges are page aligned, not empty, below 2^51 and do not overlap.
+//! - F3  Memory that is added before the TD runs is at most [`MAX_ADDED_BYTES`] in all.
 
-use tdx_defs::PAGE_SIZE;
+use tdx_defs::{GpaLayout, Gpaw, PAGE_SIZE};
 
 use crate::args::AddressRange;
 
@@ -19,7 +20,18 @@ const DESCRIPTOR_SIZE: usize = 16;
 const SECTION_SIZE: usize = 32;
 /// The guide sets no bound; real images have about ten.
 const MAX_SECTIONS: u32 = 64;
-const MAX_GPA: u64 = 1 << 52;
+/// Bit 51 is the SHARED bit of the widest guest address: private memory ends below it.
+const MAX_GPA: u64 = 1 << 51;
+/// Largest image, in bytes. Real ones have 2 to 16 MiB; a data offset could name up to 4 GiB.
+pub const MAX_IMAGE_BYTES: u64 = 64 << 20;
+/// Most memory that is added before the TD runs, in bytes. Each page of it is a call of the module
+/// and, measured, sixteen more; real images need a few MiB.
+pub const MAX_ADDED_BYTES: u64 = 1 << 30;
+
+/// Attribute bit: contents are measured.
+const MR_EXTEND: u32 = 1;
+/// Attribute bit: memory comes while the TD runs, not before.
+const PAGE_AUG: u32 = 2;
 
 /// 96b582de-1fb2-45f7-baea-a366c55a082d, as stored.
 const FOOTER_GUID: [u8; 16] = [
@@ -33,6 +45,12 @@ const METADATA_GUID: [u8; 16] = [
 /// An image that does not say what a TD starts with.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TdvfError {
+    /// More bytes than any firmware has.
+    #[error("the image has {size:#x} bytes, the limit is {MAX_IMAGE_BYTES:#x}")]
+    TooLarge {
+        /// Size of the image.
+        size: u64,
+    },
     /// Fewer bytes than a part that must be there.
     #[error("{part} needs {needed} bytes at offset {offset:#x}, the image has {size:#x}")]
     Short {
@@ -99,6 +117,14 @@ pub enum TdvfError {
         /// Bytes of the whole descriptor.
         length: u32,
     },
+    /// The sections together ask for too much.
+    #[error(
+        "the sections add {bytes:#x} bytes of memory before the TD runs, the limit is {MAX_ADDED_BYTES:#x}"
+    )]
+    TooMuchMemory {
+        /// Sum of the memory sizes without PAGE.AUG.
+        bytes: u64,
+    },
     /// A section that contradicts itself or the image.
     #[error("section {index}: {problem}")]
     Section {
@@ -114,14 +140,25 @@ pub enum TdvfError {
 pub struct SectionKind(pub u32);
 
 impl SectionKind {
+    /// Boot firmware volume: the code.
+    pub const BFV: Self = Self(0);
+    /// Configuration firmware volume: variables.
+    pub const CFV: Self = Self(1);
+    /// List of what the VMM gives to the firmware.
+    pub const TD_HOB: Self = Self(2);
+    /// Memory that the firmware needs while it starts.
+    pub const TEMP_MEM: Self = Self(3);
+    /// Memory that the TD is given, now or while it runs.
+    pub const PERM_MEM: Self = Self(4);
+
     /// The guide's name.
     pub fn name(self) -> &'static str {
-        match self.0 {
-            0 => "BFV",
-            1 => "CFV",
-            2 => "TD_HOB",
-            3 => "TempMem",
-            4 => "PermMem",
+        match self {
+            Self::BFV => "BFV",
+            Self::CFV => "CFV",
+            Self::TD_HOB => "TD_HOB",
+            Self::TEMP_MEM => "TempMem",
+            Self::PERM_MEM => "PermMem",
             _ => "unknown",
         }
     }
@@ -142,12 +179,12 @@ pub struct Section {
 impl Section {
     /// MR.EXTEND: its contents are measured.
     pub fn is_measured(&self) -> bool {
-        self.attributes & 1 != 0
+        self.attributes & MR_EXTEND != 0
     }
 
     /// Whether the VMM adds it. PAGE.AUG memory comes only while the TD runs.
     pub fn is_added(&self) -> bool {
-        self.attributes & 2 == 0
+        self.attributes & PAGE_AUG == 0
     }
 }
 
@@ -161,6 +198,10 @@ pub struct Tdvf<'a> {
 impl<'a> Tdvf<'a> {
     /// Reads and checks the metadata.
     pub fn parse(image: &'a [u8]) -> Result<Self, TdvfError> {
+        if image.len() as u64 > MAX_IMAGE_BYTES {
+            let size = image.len() as u64;
+            return Err(TdvfError::TooLarge { size });
+        }
         let at = metadata_offset(image)?;
         let part = "the TDX metadata descriptor";
         let signature = bytes::<4>(image, at, part)?;
@@ -176,18 +217,45 @@ impl<'a> Tdvf<'a> {
         if count == 0 || count > MAX_SECTIONS || u64::from(length) != fitting {
             return Err(TdvfError::SectionCount { count, length });
         }
+        let room = image.len() - at;
+        let needed = usize::try_from(length).unwrap_or(usize::MAX);
+        if needed > room {
+            return Err(TdvfError::Short {
+                part: "the TDX metadata",
+                offset: at,
+                needed,
+                size: image.len(),
+            });
+        }
         let mut sections = Vec::new();
         for index in 0..usize::try_from(count).unwrap_or(0) {
             let at = at + DESCRIPTOR_SIZE + SECTION_SIZE * index;
             sections.push(section(image, at, index)?);
         }
-        check_overlaps(&sections)?;
+        check_together(&sections)?;
         Ok(Self { image, sections })
     }
 
     /// In the order of the image, which is the order of measurement.
     pub fn sections(&self) -> &[Section] {
         &self.sections
+    }
+
+    /// Refuses memory that a guest with addresses of `gpaw` cannot have as private memory.
+    pub fn check_gpaw(&self, gpaw: Gpaw) -> Result<(), TdvfError> {
+        let layout = GpaLayout::new(gpaw);
+        let limit = 1 << layout.shared_bit();
+        for (index, section) in self.sections.iter().enumerate() {
+            let end = section.memory.end;
+            if end > limit {
+                let problem = format!(
+                    "memory ends at {end:#x}, private memory at {limit:#x} with addresses of {} bits",
+                    layout.width()
+                );
+                return Err(TdvfError::Section { index, problem });
+            }
+        }
+        Ok(())
     }
 
     /// Contents of a section; the rest of its memory is zero.
@@ -301,16 +369,17 @@ fn section(image: &[u8], at: usize, index: usize) -> Result<Section, TdvfError> 
             "data ends at {data_end:#x}, the image at {size:#x}"
         )));
     }
-    if attributes & !3 != 0 {
+    if attributes & !(MR_EXTEND | PAGE_AUG) != 0 {
         return Err(wrong(format!(
             "attributes {attributes:#x} have bits other than 0 and 1"
         )));
     }
-    if attributes == 3 {
+    if attributes == MR_EXTEND | PAGE_AUG {
         return Err(wrong(
             "attributes 0x3 ask to measure memory that is not added".into(),
         ));
     }
+    check_kind(SectionKind(kind), raw_size, attributes).map_err(wrong)?;
     let narrow = |value: u32| {
         usize::try_from(value).map_err(|_| wrong(format!("{value:#x} is above the address space")))
     };
@@ -323,17 +392,51 @@ fn section(image: &[u8], at: usize, index: usize) -> Result<Section, TdvfError> 
     })
 }
 
-fn check_overlaps(sections: &[Section]) -> Result<(), TdvfError> {
+/// What the guide says of each kind. An unknown kind is as good as its attributes: loaders of other
+/// firmware have kinds of their own, and the measurement asks for attributes alone.
+fn check_kind(kind: SectionKind, raw_size: u32, attributes: u32) -> Result<(), String> {
+    let name = kind.name();
+    match kind {
+        SectionKind::BFV | SectionKind::CFV if raw_size == 0 => {
+            Err(format!("raw size is 0, {name} has contents"))
+        }
+        SectionKind::TD_HOB | SectionKind::TEMP_MEM | SectionKind::PERM_MEM if raw_size != 0 => {
+            Err(format!(
+                "raw size is {raw_size:#x}, {name} has no contents in the image"
+            ))
+        }
+        SectionKind::BFV | SectionKind::CFV | SectionKind::TD_HOB | SectionKind::TEMP_MEM
+            if attributes & PAGE_AUG != 0 =>
+        {
+            Err(format!(
+                "attributes {attributes:#x} have PAGE.AUG, which only PermMem can have and not {name}"
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What sections must not be to each other.
+fn check_together(sections: &[Section]) -> Result<(), TdvfError> {
+    let mut added = 0u64;
     for (index, section) in sections.iter().enumerate() {
         for (other, before) in sections[..index].iter().enumerate() {
-            if let Some(both) = section.memory.intersect(before.memory) {
-                let problem = format!(
-                    "memory from {:#x} is that of section {other} too",
-                    both.start
-                );
-                return Err(TdvfError::Section { index, problem });
-            }
+            let problem = if let Some(both) = section.memory.intersect(before.memory) {
+                let start = both.start;
+                format!("memory from {start:#x} is that of section {other} too")
+            } else if section.kind == SectionKind::TD_HOB && before.kind == section.kind {
+                format!("kind is TD_HOB as that of section {other}, the limit is one")
+            } else {
+                continue;
+            };
+            return Err(TdvfError::Section { index, problem });
         }
+        if section.is_added() {
+            added = added.saturating_add(section.memory.size());
+        }
+    }
+    if added > MAX_ADDED_BYTES {
+        return Err(TdvfError::TooMuchMemory { bytes: added });
     }
     Ok(())
 }

@@ -158,9 +158,9 @@ fn images_that_contradict_themselves_are_refused() {
             "section 2: memory size is 0",
         ),
         (
-            "above 52 bits",
-            patched(section(2, 8), &le64(1 << 52)),
-            "above the limit",
+            "above 51 bits",
+            patched(section(2, 8), &le64(1 << 51)),
+            "above the limit of 0x8000000000000",
         ),
         (
             "address overflow",
@@ -178,6 +178,51 @@ fn images_that_contradict_themselves_are_refused() {
             "attributes 0x4",
         ),
         (
+            "PAGE.AUG on a firmware volume",
+            patched(section(0, 28), &le(2)),
+            "section 0: attributes 0x2 have PAGE.AUG",
+        ),
+        (
+            "PAGE.AUG on temporary memory",
+            patched(section(2, 28), &le(2)),
+            "section 2: attributes 0x2 have PAGE.AUG",
+        ),
+        (
+            "volume without contents",
+            patched(section(1, 4), &le(0)),
+            "section 1: raw size is 0, CFV has contents",
+        ),
+        (
+            "temporary memory with contents",
+            patched(section(2, 4), &le(0x1000)),
+            "section 2: raw size is 0x1000, TempMem has no contents",
+        ),
+        (
+            "two TD_HOBs",
+            patched(section(3, 24), &le(2)),
+            "section 4: kind is TD_HOB as that of section 3",
+        ),
+        (
+            "data offset that wraps 32 bits",
+            patched(section(0, 0), &le(u32::MAX)),
+            "section 0: data ends at 0x100005fff, the image at 0x8000",
+        ),
+        (
+            "size that wraps 64 bits",
+            patched(section(2, 16), &le64(!0xfff)),
+            "section 2: memory 0x810000 with 0xfffffffffffff000 bytes",
+        ),
+        (
+            "65 sections",
+            patched(DESCRIPTOR - 12, &le(65)),
+            "names 65 sections",
+        ),
+        (
+            "metadata inside the table",
+            patched(metadata + 4, &le(20)),
+            "signature",
+        ),
+        (
             "measured but not added",
             patched(section(0, 28), &le(3)),
             "attributes 0x3",
@@ -185,6 +230,82 @@ fn images_that_contradict_themselves_are_refused() {
     ] {
         let error = Tdvf::parse(&image).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains(want), "{case}: {error}");
+    }
+}
+
+#[test]
+fn metadata_that_runs_out_of_the_image_is_refused() {
+    let mut image = patched(DESCRIPTOR - 12, &64u32.to_le_bytes());
+    let length = image.len() - DESCRIPTOR + 4;
+    image[length..length + 4].copy_from_slice(&2064u32.to_le_bytes());
+    assert_eq!(
+        Tdvf::parse(&image).map(|_| ()),
+        Err(TdvfError::Short {
+            part: "the TDX metadata",
+            offset: TINY.len() - DESCRIPTOR,
+            needed: 2064,
+            size: TINY.len()
+        })
+    );
+}
+
+#[test]
+fn images_above_the_limit_are_refused_unread() {
+    let mut image = TINY.to_vec();
+    let size = usize::try_from(MAX_IMAGE_BYTES).unwrap();
+    image.splice(..0, vec![0; size - TINY.len()]);
+    assert!(Tdvf::parse(&image).is_ok());
+    image.push(0);
+    let error = Tdvf::parse(&image).map(|_| ()).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "the image has 0x4000001 bytes, the limit is 0x4000000"
+    );
+}
+
+#[test]
+fn memory_that_is_added_has_a_limit_in_all() {
+    let limit = MAX_ADDED_BYTES;
+    // The other four sections of the image have eleven pages.
+    let others = 11 * PAGE_SIZE;
+    let with = |bytes: u64| {
+        let mut image = patched(DESCRIPTOR - 16 - 32 * 2 - 16, &bytes.to_le_bytes());
+        let gpa = image.len() - (DESCRIPTOR - 16 - 32 * 2 - 8);
+        image[gpa..gpa + 8].copy_from_slice(&(1u64 << 33).to_le_bytes());
+        Tdvf::parse(&image).map(|_| ())
+    };
+    assert_eq!(with(limit - others), Ok(()));
+    assert_eq!(
+        with(limit - others + PAGE_SIZE),
+        Err(TdvfError::TooMuchMemory {
+            bytes: limit + PAGE_SIZE
+        })
+    );
+}
+
+#[test]
+fn memory_above_the_guests_address_width_is_refused() {
+    let top = (1u64 << 47) - 0x3000;
+    let at = DESCRIPTOR - 16 - 32 * 2 - 8;
+    for (gpa, gpaw, fits) in [
+        (top, Gpaw::W48, true),
+        (top + 0x1000, Gpaw::W48, false),
+        (top + 0x1000, Gpaw::W52, true),
+    ] {
+        let image = patched(at, &gpa.to_le_bytes());
+        let checked = Tdvf::parse(&image).unwrap().check_gpaw(gpaw);
+        assert_eq!(checked.is_ok(), fits, "{gpa:#x} {gpaw:?}: {checked:?}");
+        if let Err(error) = checked {
+            let text = error.to_string();
+            assert!(
+                text.contains("section 2: memory ends at 0x800000001000"),
+                "{text}"
+            );
+            assert!(
+                text.contains("0x800000000000 with addresses of 48 bits"),
+                "{text}"
+            );
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Command names, and the keys of `--output json`, are an interface for scripts.
 
 mod conformance;
+mod measure;
 mod memory;
 mod number;
 mod private;
@@ -16,6 +17,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use mirror_proto::mmu::Mode;
 
 pub use conformance::ConformanceArgs;
+pub use measure::{MeasureArgs, MeasureOrder};
 pub use memory::{
     ConvertArgs, FaultArgs, PrefaultArgs, PunchHoleArgs, SlotCommand, SlotDeleteArgs, SlotSetArgs,
     Visibility,
@@ -52,7 +54,7 @@ pub struct Globals {
     #[arg(long, global = true, env = "MMUCTL_MODULE", value_name = "URL", value_parser = url)]
     pub module: Option<String>,
     /// Start both services for this one command, on private sockets; goes before --mmu and
-    /// --module. The default of demo and replay when no URL is given
+    /// --module. The default of demo, measure and replay when no URL is given
     #[arg(long, global = true)]
     pub local: bool,
     /// How to print the result
@@ -128,6 +130,8 @@ pub enum Command {
     Replay(ReplayArgs),
     /// Play recorded call sequences against a module and compare every answer
     Conformance(ConformanceArgs),
+    /// MRTD of a firmware image: build a TD from its TDX metadata through both services
+    Measure(MeasureArgs),
     /// The entries on the path to an address: the tree of KVM beside the module's
     Walk(WalkArgs),
     /// The page table trees of a VM
@@ -174,6 +178,7 @@ impl Command {
             Self::Convert(_) => "convert",
             Self::PunchHole(_) => "punch-hole",
             Self::Replay(_) => "replay",
+            Self::Measure(_) => "measure",
             Self::Seamcall(_) => "seamcall",
             Self::Vm(VmCommand::List | VmCommand::Show(_))
             | Self::Conformance(_)
@@ -188,7 +193,10 @@ impl Command {
 
     /// Whether the command brings its own services along when no URL is given.
     pub fn is_local_by_default(&self) -> bool {
-        matches!(self, Self::Demo(_) | Self::Replay(_) | Self::Conformance(_))
+        matches!(
+            self,
+            Self::Demo(_) | Self::Replay(_) | Self::Conformance(_) | Self::Measure(_)
+        )
     }
 }
 

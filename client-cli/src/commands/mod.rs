@@ -5,6 +5,7 @@ mod demo;
 mod fault;
 mod generate;
 mod look;
+mod measure;
 mod ranges;
 mod replay;
 mod seamcall;
@@ -38,6 +39,7 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Convert(args) => ranges::convert(client, args).await,
         Command::PunchHole(args) => ranges::punch_hole(client, args).await,
         Command::Replay(args) => replay::run(client, args).await,
+        Command::Measure(args) => measure::run(client, args).await,
         Command::Walk(args) => look::walk(client, args).await,
         Command::Tree(args) => look::tree(client, args).await,
         Command::Audit { vm } => look::audit(client, *vm).await,

@@ -4,5 +4,6 @@ mod commands;
 mod common;
 mod conformance;
 mod leftovers;
+mod measure;
 mod replay;
 mod trace;
