@@ -73,6 +73,7 @@ pub fn cli_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(cli: &Cli) -> Result<(), Error> {
     match &cli.command {
         Command::Completions { shell } => return output::print(&commands::completions(*shell)),
+        Command::Explain(args) => return commands::explain(args).print(cli.globals.output),
         Command::Man => return output::print(&commands::manual()?),
         _ => {}
     }

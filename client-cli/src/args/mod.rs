@@ -25,7 +25,7 @@ pub use memory::{
 pub use number::NumberError;
 pub use private::{AddressRange, PrivateError, PrivateMemory};
 pub use replay::{DemoArgs, Order, ReplayArgs};
-pub use seamcall::{Register, RegisterValue, SeamcallArgs, Stride};
+pub use seamcall::{ExplainArgs, Register, RegisterValue, SeamcallArgs, StatusArg, Stride};
 pub use vm::{InitRegionArgs, TreeArgs, TreeRoot, VcpuCommand, VmCommand, VmCreateArgs, WalkArgs};
 
 /// Drives and inspects the TDX mirror MMU.
@@ -150,6 +150,8 @@ pub enum Command {
     },
     /// One raw call of the TDX module
     Seamcall(SeamcallArgs),
+    /// What a completion status (RAX) says, and what a host does about it
+    Explain(ExplainArgs),
     /// Completion script for a shell
     Completions {
         /// The shell
@@ -186,6 +188,7 @@ impl Command {
             | Self::Tree(_)
             | Self::Audit { .. }
             | Self::Stats { .. }
+            | Self::Explain(_)
             | Self::Completions { .. }
             | Self::Man => return None,
         })

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
-use tdx_defs::Leaf;
+use tdx_defs::{CompletionStatus, Leaf};
 
 use super::number::{number, number32};
 
@@ -33,6 +33,37 @@ pub struct SeamcallArgs {
         allow_hyphen_values = true
     )]
     pub stride: Vec<Stride>,
+}
+
+/// `mmuctl explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// The status: RAX as a number, or a name such as TDX_OPERAND_BUSY
+    #[arg(value_name = "STATUS")]
+    pub status: StatusArg,
+    /// The leaf that answered it; what a host does next can depend on it
+    #[arg(long, value_name = "LEAF")]
+    pub leaf: Option<Leaf>,
+}
+
+/// A completion status by number or by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StatusArg(pub CompletionStatus);
+
+impl FromStr for StatusArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.starts_with(|first: char| first.is_ascii_digit()) {
+            let raw = number(text).map_err(|error| error.to_string())?;
+            return Ok(Self(CompletionStatus(raw)));
+        }
+        let wanted = text.to_ascii_uppercase();
+        CompletionStatus::known()
+            .find(|(_, name)| *name == wanted || name.strip_prefix("TDX_") == Some(&*wanted))
+            .map(|(status, _)| Self(status))
+            .ok_or_else(|| format!("{text:?} is neither a number nor the name of a status"))
+    }
 }
 
 /// An input of a leaf.
@@ -161,6 +192,30 @@ mod tests {
         ] {
             let error = text.parse::<RegisterValue>().unwrap_err();
             assert!(error.contains(want), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_status_is_a_number_or_a_name() {
+        for (text, raw) in [
+            ("0x8000020000000092", 0x8000_0200_0000_0092),
+            ("9223374235878031506", 0x8000_0200_0000_0092),
+            ("0", 0),
+            ("TDX_OPERAND_BUSY", 0x8000_0200_0000_0000),
+            ("operand_busy", 0x8000_0200_0000_0000),
+            ("TD_VMCS_FIELD_ERROR", 0xC000_0731_0000_0000),
+        ] {
+            assert_eq!(text.parse(), Ok(StatusArg(CompletionStatus(raw))), "{text}");
+        }
+        for text in [
+            "",
+            "TDX_",
+            "TDX_TDX_SUCCESS",
+            "0x",
+            "0x10000000000000000",
+            "-1",
+        ] {
+            assert!(text.parse::<StatusArg>().is_err(), "{text}");
         }
     }
 

@@ -67,6 +67,7 @@ mod tests {
         for section in [
             "MMUCTL DEMO",
             "MMUCTL VM CREATE",
+            "MMUCTL EXPLAIN",
             "MMUCTL MEASURE",
             "MMUCTL REPLAY",
             "MMUCTL SEAMCALL",

@@ -2,6 +2,7 @@
 
 mod conformance;
 mod demo;
+mod explain;
 mod fault;
 mod generate;
 mod look;
@@ -17,6 +18,7 @@ use crate::error::Error;
 use crate::output::Answer;
 use crate::session::Session;
 
+pub(crate) use explain::run as explain;
 pub(crate) use generate::{completions, manual};
 
 /// Runs a command against the services of a session.
@@ -46,6 +48,7 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Stats { vm } => look::stats(client, *vm).await,
         Command::Seamcall(args) => seamcall::run(session, args).await,
         Command::Conformance(args) => conformance::run(session, args).await,
+        Command::Explain(args) => Ok(explain::run(args)),
         Command::Completions { shell } => Ok(Answer::bytes(completions(*shell))),
         Command::Man => Ok(Answer::bytes(manual()?)),
     }

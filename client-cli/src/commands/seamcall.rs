@@ -2,12 +2,13 @@
 
 use mirror_proto::module::{ExecuteRequest, Repeat, Seamcall, SeamcallResult};
 use serde_json::json;
-use tdx_defs::CompletionStatus;
+use tdx_defs::{CompletionStatus, Leaf};
 
+use super::explain;
 use crate::args::{Register, SeamcallArgs};
 use crate::client::{wait, with_deadline};
 use crate::error::Error;
-use crate::output::{Answer, hex, pairs};
+use crate::output::{Answer, hex, merge, pairs};
 use crate::session::Session;
 
 const CALL: &str = "Execute";
@@ -29,10 +30,10 @@ pub(super) async fn run(session: &Session, args: &SeamcallArgs) -> Result<Answer
         .first()
         .ok_or(Error::Truncated { call: CALL })?;
     let status = CompletionStatus(result.rax);
-    let json = json!({
+    let mut json = json!({
         "leaf": args.leaf.to_string(),
         "rax": hex(result.rax),
-        "status": status.name().unwrap_or_else(|| hex(result.rax)),
+        "status": explain::symbol(status),
         "rcx": hex(result.rcx),
         "rdx": hex(result.rdx),
         "r8": hex(result.r8),
@@ -42,13 +43,14 @@ pub(super) async fn run(session: &Session, args: &SeamcallArgs) -> Result<Answer
         "completed": result.completed,
         "instance": answer.instance,
     });
+    merge(&mut json, explain::members(status, Some(args.leaf)));
     let verdict = status.is_error().then_some(Error::Seamcall {
         leaf: args.leaf,
         status,
     });
     Ok(Answer {
         verdict,
-        ..Answer::new(json, text(result, status))
+        ..Answer::new(json, text(args.leaf, result, status))
     })
 }
 
@@ -101,7 +103,7 @@ fn call(args: &SeamcallArgs) -> Result<Seamcall, Error> {
     Ok(call)
 }
 
-fn text(result: &SeamcallResult, status: CompletionStatus) -> String {
+fn text(leaf: Leaf, result: &SeamcallResult, status: CompletionStatus) -> String {
     let registers = [
         ("rcx", result.rcx),
         ("rdx", result.rdx),
@@ -111,6 +113,7 @@ fn text(result: &SeamcallResult, status: CompletionStatus) -> String {
         ("r11", result.r11),
     ];
     let mut rows = vec![("status", status.to_string())];
+    rows.extend(explain::rows(status, Some(leaf)));
     rows.extend(registers.map(|(name, value)| (name, hex(value))));
     rows.push(("completed", result.completed.to_string()));
     pairs(rows)

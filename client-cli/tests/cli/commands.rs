@@ -141,6 +141,53 @@ fn a_raw_call_shows_its_registers_and_its_error() {
         run.stderr.contains("TDH.MEM.SEPT.RD answered TDX_"),
         "{run:?}"
     );
+    assert_eq!(answer["status"], "TDX_OPERAND_ADDR_RANGE_ERROR", "{answer}");
+    assert_eq!(answer["class"], "operand", "{answer}");
+    assert_eq!(answer["operand"], "RDX", "{answer}");
+    assert_eq!(answer["recoverable"], "no", "{answer}");
+    assert_eq!(answer["host_reaction"], "correct", "{answer}");
+    let fine = services.ok("seamcall PHYMEM.PAGE.RDMD rcx=0x100000000");
+    assert_eq!(fine["status"], "TDX_SUCCESS", "{fine}");
+    assert_eq!(fine["recoverable"], "not_error", "{fine}");
+    assert_eq!(fine["host_reaction"], "proceed", "{fine}");
+}
+
+#[test]
+fn a_status_is_explained_without_a_service() {
+    let nowhere = ["--mmu", "unix:///nonexistent/x.sock"];
+    let json = run(["explain", "0x8000020000000092", "--output", "json"]
+        .iter()
+        .chain(&nowhere));
+    assert_eq!(json.code, Some(0), "{json:?}");
+    let answer = json.json();
+    for (key, want) in [
+        ("rax", json!("0x8000020000000092")),
+        ("status", json!("TDX_OPERAND_BUSY")),
+        ("leaf", json!(null)),
+        ("class", json!("busy or entropy")),
+        ("operand", json!("SEPT_TREE")),
+        ("recoverable", json!("yes")),
+        ("host_reaction", json!("retry")),
+    ] {
+        assert_eq!(answer[key], want, "{key}: {answer}");
+    }
+    let line = ["explain", "0x8000020000000092", "--leaf", "mem_range_block"];
+    let table = run(line.iter().chain(&nowhere));
+    assert_eq!(table.code, Some(0), "{table:?}");
+    for part in [
+        "TDX_OPERAND_BUSY",
+        "SEPT_TREE (0x92)",
+        "ERROR",
+        "kicks all out",
+    ] {
+        assert!(table.stdout.contains(part), "{part}: {}", table.stdout);
+    }
+    let wrong = run(["explain", "TDX_NO_SUCH_STATUS"]);
+    assert_eq!((wrong.code, &*wrong.stdout), (Some(2), ""), "{wrong:?}");
+    assert!(
+        wrong.stderr.contains("neither a number nor the name"),
+        "{wrong:?}"
+    );
 }
 
 #[test]

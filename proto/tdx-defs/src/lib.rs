@@ -27,5 +27,5 @@ pub use operand::OperandId;
 pub use page_type::PageType;
 pub use seamcall::{Repeat, Seamcall, SeamcallResult};
 pub use sept::{LevelState, PublicState, SeptView};
-pub use status::{CompletionStatus, Recoverability};
+pub use status::{CompletionStatus, Details, HostReaction, Recoverability, StatusClass};
 pub use td_params::{CpuidValue, TD_PARAMS_SIZE, TdAttributes, TdParams, TdParamsError};

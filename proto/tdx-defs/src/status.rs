@@ -5,9 +5,14 @@
 //! Bits 63 ERROR, 62 NON_RECOVERABLE, 61 FATAL, 60 HOST_RECOVERABILITY_HINT, 47:40 class,
 //! 39:32 code in the class, 31:0 details (operand id, level, state or exit reason).
 
+mod explain;
+mod reaction;
 mod table;
 
 use std::fmt;
+
+pub use explain::{Details, StatusClass};
+pub use reaction::HostReaction;
 
 use crate::OperandId;
 
@@ -151,9 +156,16 @@ impl CompletionStatus {
         self.0 >> 63 != 0
     }
 
-    /// The ABI name with its `TDX_` prefix, if the code has one.
+    /// The ABI name, if the code has one. All but one begin with `TDX_`.
     pub fn name(self) -> Option<String> {
-        self.entry().map(|(_, name, _)| format!("TDX_{name}"))
+        self.entry().map(|(_, name, _)| (*name).to_owned())
+    }
+
+    /// Every code with a name, ascending.
+    pub fn known() -> impl Iterator<Item = (Self, &'static str)> {
+        table::STATUS_CODES
+            .iter()
+            .map(|&(high, name, _)| (Self(u64::from(high) << 32), name))
     }
 
     /// What a repeat of the same call can do; from the error bits when the code has no name.
@@ -179,7 +191,7 @@ impl CompletionStatus {
 impl fmt::Display for CompletionStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.entry() {
-            Some((_, name, _)) => write!(f, "TDX_{name}")?,
+            Some((_, name, _)) => f.write_str(name)?,
             None => return write!(f, "{:#018x}", self.0),
         }
         let class = self.0 >> 40 & 0xFF;
