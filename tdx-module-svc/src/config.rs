@@ -1,13 +1,15 @@
 //! Settings of the service: one struct, parsed once, passed down.
 //!
 //! Each setting is a command line option; those that a container needs are environment variables
-//! too. The platform itself may come from a TOML file, see `platform.rs`.
+//! too. The platform comes from a profile, a TOML file and flags, see `platform`.
 
 use std::path::PathBuf;
 
 use clap::builder::TypedValueParser as _;
 use tdx_module::Release;
 use transport::Address;
+
+use crate::platform::PlatformFlags;
 
 /// Where the service listens when nobody says otherwise.
 pub const DEFAULT_LISTEN: &str = "unix:///run/tdx-mirror-mmu/module.sock";
@@ -40,6 +42,10 @@ pub struct Config {
     /// Stop when standard input is closed, so that a parent process takes the service along
     #[arg(long)]
     pub stop_with_stdin: bool,
+
+    /// The platform by flags.
+    #[command(flatten)]
+    pub machine: PlatformFlags,
 
     /// Bounds of what one caller may ask for.
     #[command(flatten)]
@@ -124,6 +130,7 @@ impl Default for Config {
             listen: Vec::new(),
             profile: Profile::default(),
             platform: None,
+            machine: PlatformFlags::default(),
             release: None,
             allow_injection: false,
             stop_with_stdin: false,
@@ -184,6 +191,20 @@ mod tests {
         assert_eq!(config.profile, Profile::Roomy);
         assert_eq!(config.limits, Limits::default());
         assert!(config.release.is_none() && config.platform.is_none());
+    }
+
+    #[test]
+    fn every_flag_is_documented() {
+        use clap::CommandFactory as _;
+        let documented = include_str!("../../docs/configuration.md");
+        for argument in Args::command().get_arguments() {
+            let flag = format!("`--{}", argument.get_long().unwrap());
+            let ends = documented.match_indices(&flag).any(|(at, _)| {
+                let next = documented[at + flag.len()..].chars().next();
+                matches!(next, Some('`' | ' '))
+            });
+            assert!(ends, "{flag}");
+        }
     }
 
     #[test]

@@ -43,7 +43,7 @@ use transport::{AdmissionLayer, Listener, ServeError};
 
 pub use cli::cli_main;
 pub use config::Config;
-pub use platform::PlatformFileError;
+pub use platform::{AreaFlag, FeaturesFlag, HkidRange, PlatformFileError, PlatformFlags, TdmrFlag};
 
 use guest::GuestService;
 use host::HostService;
