@@ -16,6 +16,7 @@ mod config;
 mod convert;
 mod health;
 mod link;
+mod reasons;
 mod registry;
 mod server;
 mod service;

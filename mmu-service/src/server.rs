@@ -13,8 +13,10 @@ use crate::cli::Error;
 use crate::config::{Config, size};
 use crate::health;
 use crate::link::ModuleLink;
+use crate::reasons;
 use crate::service::Service;
 use crate::shell::Shell;
+use crate::status;
 
 /// When a request that found no place may come back.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
@@ -37,7 +39,12 @@ pub async fn run(
     let mmu = MmuServiceServer::new(Service::new(shell.clone()))
         .max_decoding_message_size(message_limit)
         .max_encoding_message_size(message_limit);
-    let admission = AdmissionLayer::new(size(config.limits.max_requests), RETRY_AFTER);
+    let admission = AdmissionLayer::new(
+        size(config.limits.max_requests),
+        RETRY_AFTER,
+        reasons::OVERLOADED,
+        status::DOMAIN,
+    );
     let router = transport::server()
         .layer(ServerTraceLayer::new())
         .add_service(health_service)

@@ -3,29 +3,18 @@
 //! Details: BadRequest names the field, ErrorInfo says why in a word and carries KVM's errno and
 //! the exit record of a memory fault, RetryInfo says when another attempt may help.
 //!
-//! | refusal | status | reason | errno | retry |
-//! |---|---|---|---|---|
-//! | a field has a value that cannot be | INVALID_ARGUMENT | INVALID_FIELD | EINVAL | |
-//! | no such VM, vCPU or slot | NOT_FOUND | NOT_FOUND | ENOENT | |
-//! | it is there already | ALREADY_EXISTS | ALREADY_EXISTS | EEXIST | |
-//! | not in this state of the VM | FAILED_PRECONDITION | WRONG_STATE | EINVAL | |
-//! | the VM is bugged, or its module has restarted | FAILED_PRECONDITION | VM_DEAD | EIO | |
-//! | the access leaves KVM_RUN with an exit record | FAILED_PRECONDITION | MEMORY_FAULT | EFAULT | |
-//! | memory, key ids or VM places are spent | RESOURCE_EXHAUSTED | EXHAUSTED | ENOMEM | |
-//! | too many operations at a time | RESOURCE_EXHAUSTED | OVERLOADED | EAGAIN | yes |
-//! | busy beyond the bound of retries | ABORTED | BUSY | EBUSY | yes |
-//! | the module does not answer | UNAVAILABLE | MODULE_UNREACHABLE | EIO | yes |
-//! | the service is about to end | UNAVAILABLE | DRAINING | ESHUTDOWN | |
-//! | a reader takes nothing | DEADLINE_EXCEEDED | READER_STALLED | | |
-//! | an invariant is broken | INTERNAL | INTERNAL | EIO | |
+//! The reasons and their codes are those of [`reasons`], which `docs/errors.md` shows.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use mirror_proto::InvalidField;
 use tdp_mmu::{ErrorKind, VmError};
-use tonic::{Code, Status};
+use tonic::Status;
 use tonic_types::{ErrorDetails, StatusExt as _};
+use transport::Reason;
+
+use crate::reasons;
 
 /// Domain of ErrorInfo.
 pub(crate) const DOMAIN: &str = "kvm.mmu.v1";
@@ -43,8 +32,7 @@ const ESHUTDOWN: i32 = 108;
 
 /// Builds a status; each method adds one kind of detail.
 struct Refusal {
-    code: Code,
-    reason: &'static str,
+    reason: Reason,
     message: String,
     metadata: HashMap<String, String>,
     field: Option<String>,
@@ -52,9 +40,8 @@ struct Refusal {
 }
 
 impl Refusal {
-    fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
+    fn new(reason: Reason, message: impl Into<String>) -> Self {
         Self {
-            code,
             reason,
             message: message.into(),
             metadata: HashMap::new(),
@@ -80,34 +67,32 @@ impl Refusal {
 
     fn status(self) -> Status {
         let mut details = ErrorDetails::new();
-        details.set_error_info(self.reason, DOMAIN, self.metadata);
+        details.set_error_info(self.reason.word, DOMAIN, self.metadata);
         if let Some(field) = self.field {
             details.add_bad_request_violation(field, self.message.clone());
         }
         if self.retry.is_some() {
             details.set_retry_info(self.retry);
         }
-        Status::with_error_details(self.code, self.message, details)
+        Status::with_error_details(self.reason.code, self.message, details)
     }
 }
 
 /// A refusal of the core.
 pub(crate) fn of_vm(error: &VmError) -> Status {
-    let (code, reason, retry) = match error.kind() {
-        ErrorKind::InvalidArgument => (Code::InvalidArgument, "INVALID_FIELD", None),
-        ErrorKind::NotFound => (Code::NotFound, "NOT_FOUND", None),
-        ErrorKind::AlreadyExists => (Code::AlreadyExists, "ALREADY_EXISTS", None),
-        ErrorKind::FailedPrecondition if error.errno() == EIO => {
-            (Code::FailedPrecondition, "VM_DEAD", None)
-        }
-        ErrorKind::FailedPrecondition => (Code::FailedPrecondition, "WRONG_STATE", None),
-        ErrorKind::MemoryFault => (Code::FailedPrecondition, "MEMORY_FAULT", None),
-        ErrorKind::ResourceExhausted => (Code::ResourceExhausted, "EXHAUSTED", None),
-        ErrorKind::Aborted => (Code::Aborted, "BUSY", Some(RETRY_SOON)),
-        ErrorKind::Unavailable => (Code::Unavailable, "MODULE_UNREACHABLE", Some(RETRY_MODULE)),
-        ErrorKind::Internal => (Code::Internal, "INTERNAL", None),
+    let (reason, retry) = match error.kind() {
+        ErrorKind::InvalidArgument => (reasons::INVALID_FIELD, None),
+        ErrorKind::NotFound => (reasons::NOT_FOUND, None),
+        ErrorKind::AlreadyExists => (reasons::ALREADY_EXISTS, None),
+        ErrorKind::FailedPrecondition if error.errno() == EIO => (reasons::VM_DEAD, None),
+        ErrorKind::FailedPrecondition => (reasons::WRONG_STATE, None),
+        ErrorKind::MemoryFault => (reasons::MEMORY_FAULT, None),
+        ErrorKind::ResourceExhausted => (reasons::EXHAUSTED, None),
+        ErrorKind::Aborted => (reasons::BUSY, Some(RETRY_SOON)),
+        ErrorKind::Unavailable => (reasons::MODULE_UNREACHABLE, Some(RETRY_MODULE)),
+        ErrorKind::Internal => (reasons::INTERNAL, None),
     };
-    let mut refusal = Refusal::new(code, reason, error.to_string())
+    let mut refusal = Refusal::new(reason, error.to_string())
         .errno(error.errno())
         .field(error.field())
         .retry(retry);
@@ -129,7 +114,7 @@ pub(crate) fn of_vm(error: &VmError) -> Status {
 
 /// A field that the shell refuses before the core sees it.
 pub(crate) fn of_field(error: InvalidField) -> Status {
-    Refusal::new(Code::InvalidArgument, "INVALID_FIELD", error.to_string())
+    Refusal::new(reasons::INVALID_FIELD, error.to_string())
         .errno(EINVAL)
         .field(Some(error.field))
         .status()
@@ -137,42 +122,30 @@ pub(crate) fn of_field(error: InvalidField) -> Status {
 
 /// No VM has this id.
 pub(crate) fn unknown_vm(vm_id: u64) -> Status {
-    Refusal::new(
-        Code::NotFound,
-        "NOT_FOUND",
-        format!("vm_id: there is no VM {vm_id}"),
-    )
-    .errno(ENOENT)
-    .field(Some("vm_id"))
-    .status()
+    Refusal::new(reasons::NOT_FOUND, format!("vm_id: there is no VM {vm_id}"))
+        .errno(ENOENT)
+        .field(Some("vm_id"))
+        .status()
 }
 
 /// The VM cannot do anything any more.
 pub(crate) fn vm_dead(reason: &str) -> Status {
-    Refusal::new(
-        Code::FailedPrecondition,
-        "VM_DEAD",
-        format!("the VM is dead: {reason}"),
-    )
-    .errno(EIO)
-    .status()
+    Refusal::new(reasons::VM_DEAD, format!("the VM is dead: {reason}"))
+        .errno(EIO)
+        .status()
 }
 
 /// Every VM place is taken.
 pub(crate) fn too_many_vms(limit: u32) -> Status {
-    Refusal::new(
-        Code::ResourceExhausted,
-        "EXHAUSTED",
-        format!("out of VMs: {limit} in all"),
-    )
-    .errno(ENOMEM)
-    .status()
+    Refusal::new(reasons::EXHAUSTED, format!("out of VMs: {limit} in all"))
+        .errno(ENOMEM)
+        .status()
 }
 
 /// Every thread is taken.
 pub(crate) fn overloaded(limit: u32) -> Status {
     let message = format!("{limit} operations are in work, the limit");
-    Refusal::new(Code::ResourceExhausted, "OVERLOADED", message)
+    Refusal::new(reasons::OVERLOADED, message)
         .errno(EAGAIN)
         .retry(Some(RETRY_SOON))
         .status()
@@ -180,7 +153,7 @@ pub(crate) fn overloaded(limit: u32) -> Status {
 
 /// The module is away.
 pub(crate) fn module_unreachable(reason: &str) -> Status {
-    Refusal::new(Code::Unavailable, "MODULE_UNREACHABLE", reason)
+    Refusal::new(reasons::MODULE_UNREACHABLE, reason)
         .errno(EIO)
         .retry(Some(RETRY_MODULE))
         .status()
@@ -188,7 +161,7 @@ pub(crate) fn module_unreachable(reason: &str) -> Status {
 
 /// The service takes nothing more on.
 pub(crate) fn draining() -> Status {
-    Refusal::new(Code::Unavailable, "DRAINING", "the service is stopping")
+    Refusal::new(reasons::DRAINING, "the service is stopping")
         .errno(ESHUTDOWN)
         .status()
 }
@@ -196,22 +169,28 @@ pub(crate) fn draining() -> Status {
 /// The reader of a stream took nothing for too long.
 pub(crate) fn stalled(limit: Duration) -> Status {
     let message = format!("the reader of the stream took nothing for {limit:?}");
-    Refusal::new(Code::DeadlineExceeded, "READER_STALLED", message).status()
+    Refusal::new(reasons::READER_STALLED, message).status()
 }
 
 /// Something that must not happen did.
 pub(crate) fn internal(message: impl Into<String>) -> Status {
-    Refusal::new(Code::Internal, "INTERNAL", message)
-        .errno(EIO)
-        .status()
+    Refusal::new(reasons::INTERNAL, message).errno(EIO).status()
 }
 
 #[cfg(test)]
 mod tests {
     use tdp_mmu::{MemoryFault, SeamError};
     use tdx_defs::{CompletionStatus, Leaf};
+    use tonic::Code;
 
     use super::*;
+
+    #[test]
+    fn the_documented_reasons_are_those_of_the_code() {
+        let documented = include_str!("../../docs/errors.md");
+        let section = transport::reasons_section(documented, DOMAIN).unwrap();
+        assert_eq!(section, transport::reasons_table(reasons::ALL));
+    }
 
     fn reason(why: &str) -> String {
         why.to_owned()

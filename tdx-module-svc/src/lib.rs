@@ -18,6 +18,7 @@ mod execute;
 mod guest;
 mod host;
 mod platform;
+mod reasons;
 mod replay;
 mod running;
 mod service;
@@ -101,6 +102,8 @@ pub async fn run(
     let admission = AdmissionLayer::new(
         config.limits.max_concurrent_requests,
         Duration::from_millis(RETRY_AFTER_MS),
+        reasons::OVERLOADED,
+        status::DOMAIN,
     );
     let max_message = usize::try_from(config.limits.max_message_bytes).unwrap_or(usize::MAX);
     let router =

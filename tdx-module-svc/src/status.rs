@@ -1,29 +1,22 @@
 //! Refusals, and the gRPC status of each. The one place where the two meet.
 //!
-//! | refusal | code | details |
-//! |---|---|---|
-//! | a field out of range | INVALID_ARGUMENT | BadRequest with the field |
-//! | a session that is not known | NOT_FOUND | ErrorInfo `UNKNOWN_SESSION` with the instance |
-//! | a number below the replay window | FAILED_PRECONDITION | ErrorInfo `BELOW_REPLAY_WINDOW` |
-//! | a number used for another batch | ALREADY_EXISTS | ErrorInfo `SEQUENCE_REUSED` |
-//! | every session is in use | RESOURCE_EXHAUSTED | RetryInfo |
-//! | the service is stopping | UNAVAILABLE | ErrorInfo `DRAINING` |
-//! | conditions may not be changed | FAILED_PRECONDITION | ErrorInfo `INJECTION_OFF` |
-//! | a lock is not there or not free | FAILED_PRECONDITION | ErrorInfo `LOCK_NOT_FREE` |
-//! | the module failed | INTERNAL | ErrorInfo `MODULE_FAILED` |
+//! The reasons and their codes are those of [`reasons`], which `docs/errors.md` shows.
 //!
-//! Apart from the last one nothing has run. More requests than the limit are refused before they
+//! Apart from MODULE_FAILED nothing has run. More requests than the limit are refused before they
 //! come here, by `transport::Admission`.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use mirror_proto::InvalidField;
-use tonic::{Code, Status};
+use tonic::Status;
 use tonic_types::{ErrorDetails, StatusExt as _};
+use transport::Reason;
+
+use crate::reasons;
 
 /// Domain of the reasons, as google.rpc.ErrorInfo asks for one.
-const DOMAIN: &str = "tdx.module.v1";
+pub(crate) const DOMAIN: &str = "tdx.module.v1";
 /// When to come back while every session is in use, in milliseconds.
 const SESSIONS_RETRY_MS: u64 = 100;
 
@@ -80,51 +73,68 @@ pub(crate) enum Refusal {
     ModuleFailed,
 }
 
+impl Refusal {
+    /// The word for it, with its code.
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Field(_) => reasons::INVALID_FIELD,
+            Self::UnknownSession { .. } => reasons::UNKNOWN_SESSION,
+            Self::BelowWindow { .. } => reasons::BELOW_REPLAY_WINDOW,
+            Self::SequenceReused { .. } => reasons::SEQUENCE_REUSED,
+            Self::TooManySessions { .. } => reasons::SESSIONS_IN_USE,
+            Self::Draining => reasons::DRAINING,
+            Self::InjectionOff => reasons::INJECTION_OFF,
+            Self::LockNotFree => reasons::LOCK_NOT_FREE,
+            Self::ModuleFailed => reasons::MODULE_FAILED,
+        }
+    }
+}
+
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
         let message = refusal.to_string();
-        let info = |reason, metadata: &[(&str, String)]| {
-            let metadata: HashMap<_, _> = metadata
-                .iter()
-                .map(|(key, value)| ((*key).to_owned(), value.clone()))
-                .collect();
-            ErrorDetails::with_error_info(reason, DOMAIN, metadata)
-        };
-        let (code, details) = match refusal {
-            Refusal::Field(InvalidField { field, reason }) => (
-                Code::InvalidArgument,
-                ErrorDetails::with_bad_request_violation(field, reason),
-            ),
+        let reason = refusal.reason();
+        let mut metadata = HashMap::new();
+        let mut details = ErrorDetails::new();
+        match refusal {
+            Refusal::Field(InvalidField { field, reason }) => {
+                details.add_bad_request_violation(field, reason);
+            }
             Refusal::UnknownSession {
                 session, instance, ..
-            } => (
-                Code::NotFound,
-                info(
-                    "UNKNOWN_SESSION",
-                    &[("session", session), ("instance", instance)],
-                ),
-            ),
-            Refusal::BelowWindow { lowest, .. } => (
-                Code::FailedPrecondition,
-                info("BELOW_REPLAY_WINDOW", &[("lowest", lowest.to_string())]),
-            ),
-            Refusal::SequenceReused { .. } => (Code::AlreadyExists, info("SEQUENCE_REUSED", &[])),
-            Refusal::TooManySessions { .. } => (
-                Code::ResourceExhausted,
-                ErrorDetails::with_retry_info(Some(Duration::from_millis(SESSIONS_RETRY_MS))),
-            ),
-            Refusal::Draining => (Code::Unavailable, info("DRAINING", &[])),
-            Refusal::InjectionOff => (Code::FailedPrecondition, info("INJECTION_OFF", &[])),
-            Refusal::LockNotFree => (Code::FailedPrecondition, info("LOCK_NOT_FREE", &[])),
-            Refusal::ModuleFailed => (Code::Internal, info("MODULE_FAILED", &[])),
-        };
-        Self::with_error_details(code, message, details)
+            } => {
+                metadata.insert("session".to_owned(), session);
+                metadata.insert("instance".to_owned(), instance);
+            }
+            Refusal::BelowWindow { lowest, .. } => {
+                metadata.insert("lowest".to_owned(), lowest.to_string());
+            }
+            Refusal::TooManySessions { .. } => {
+                details.set_retry_info(Some(Duration::from_millis(SESSIONS_RETRY_MS)));
+            }
+            Refusal::SequenceReused { .. }
+            | Refusal::Draining
+            | Refusal::InjectionOff
+            | Refusal::LockNotFree
+            | Refusal::ModuleFailed => {}
+        }
+        details.set_error_info(reason.word, DOMAIN, metadata);
+        Self::with_error_details(reason.code, message, details)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tonic::Code;
+
     use super::*;
+
+    #[test]
+    fn the_documented_reasons_are_those_of_the_code() {
+        let documented = include_str!("../../docs/errors.md");
+        let section = transport::reasons_section(documented, DOMAIN).unwrap();
+        assert_eq!(section, transport::reasons_table(reasons::ALL));
+    }
 
     #[test]
     fn each_refusal_says_what_to_act_on() {

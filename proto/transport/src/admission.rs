@@ -4,16 +4,19 @@
 //! answered, so the caller may send the same request again after the delay. A call holds its place
 //! until its handler returns; a streaming call has other bounds once its stream is open.
 
+use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::Status;
 use tonic::body::Body;
-use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use tower::{Layer, Service};
+
+use crate::Reason;
 
 /// Layer that admits `limit` requests at a time to the services behind it, taken together.
 #[derive(Debug, Clone)]
@@ -21,26 +24,30 @@ pub struct AdmissionLayer {
     places: Arc<Semaphore>,
     limit: usize,
     retry_after: Duration,
+    reason: Reason,
+    domain: &'static str,
 }
 
 impl AdmissionLayer {
-    /// Admits `limit` requests and tells the others to come back after `retry_after`.
-    pub fn new(limit: usize, retry_after: Duration) -> Self {
+    /// Admits `limit` requests and tells the others to come back after `retry_after`, for `reason`
+    /// of `domain`.
+    pub fn new(limit: usize, retry_after: Duration, reason: Reason, domain: &'static str) -> Self {
         let limit = limit.min(Semaphore::MAX_PERMITS);
         Self {
             places: Arc::new(Semaphore::new(limit)),
             limit,
             retry_after,
+            reason,
+            domain,
         }
     }
 
     /// The refusal of a request that found no place.
     fn refusal(&self) -> Status {
-        Status::with_error_details(
-            Code::ResourceExhausted,
-            format!("{} requests are in work, the limit", self.limit),
-            ErrorDetails::with_retry_info(Some(self.retry_after)),
-        )
+        let mut details = ErrorDetails::with_retry_info(Some(self.retry_after));
+        details.set_error_info(self.reason.word, self.domain, HashMap::new());
+        let message = format!("{} requests are in work, the limit", self.limit);
+        Status::with_error_details(self.reason.code, message, details)
     }
 }
 
@@ -112,7 +119,13 @@ where
 mod tests {
     use std::convert::Infallible;
 
+    use tonic::Code;
+
     use super::*;
+
+    crate::reasons! {
+        OVERLOADED: ResourceExhausted, "", "too many", "wait";
+    }
 
     #[tokio::test]
     async fn requests_above_the_limit_are_told_when_to_come_back() {
@@ -125,7 +138,7 @@ mod tests {
                 Ok::<_, Infallible>(http::Response::new(Body::empty()))
             }
         });
-        let mut service = AdmissionLayer::new(2, retry_after).layer(inner);
+        let mut service = AdmissionLayer::new(2, retry_after, OVERLOADED, "a.b").layer(inner);
         let admitted = [service.call(()), service.call(())];
 
         let refused = service.call(()).await.unwrap();
@@ -134,6 +147,8 @@ mod tests {
         assert_eq!(status.message(), "2 requests are in work, the limit");
         let details = status.get_error_details();
         assert_eq!(details.retry_info().unwrap().retry_delay, Some(retry_after));
+        let info = details.error_info().unwrap();
+        assert_eq!((&*info.reason, &*info.domain), ("OVERLOADED", "a.b"));
 
         release.send(()).unwrap();
         for call in admitted {

@@ -15,6 +15,7 @@ mod admission;
 mod chain;
 mod client;
 mod listen;
+mod reason;
 mod server;
 mod signal;
 
@@ -23,8 +24,11 @@ pub use admission::{Admission, AdmissionLayer};
 pub use chain::error_chain;
 pub use client::{ConnectError, HealthError, connect, connect_lazy, endpoint, healthcheck};
 pub use listen::{BindError, Connection, Incoming, Listener, PeerInfo};
+pub use reason::{Reason, code_name, reasons_section, reasons_table};
 pub use server::{ServeError, serve, server};
 pub use signal::{shutdown_signal, stdin_closed};
+/// The codes of [`Reason`]s.
+pub use tonic::Code;
 
 /// HTTP/2 flow-control window of one stream, in bytes.
 pub const STREAM_WINDOW: u32 = 2 << 20;
