@@ -15,6 +15,7 @@ pub mod client;
 mod commands;
 pub mod conformance;
 pub mod error;
+pub mod fuzz;
 pub mod local;
 pub mod output;
 mod progress;

@@ -15,6 +15,7 @@ mod batch;
 mod cli;
 pub mod config;
 mod execute;
+pub mod fuzz;
 mod guest;
 mod host;
 mod platform;

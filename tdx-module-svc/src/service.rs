@@ -59,6 +59,17 @@ impl ModuleService {
             }),
         }
     }
+
+    /// One batch on its own, as `Execute` answers it.
+    pub(crate) async fn answer(&self, request: ExecuteRequest) -> Result<ExecuteResponse, Status> {
+        Ok(self.shared.execute(request, &mut None).await?)
+    }
+
+    /// The platform and what of it is in use.
+    pub(crate) fn describe(&self) -> GetPlatformResponse {
+        let run = self.shared.running.now();
+        platform::describe(&run.module, &self.shared.limits, &run.instance)
+    }
 }
 
 impl Shared {
@@ -149,9 +160,7 @@ impl TdxModuleService for ModuleService {
             // Here the headers speak for the one batch.
             request.traceparent = telemetry::traceparent_of_current_span().unwrap_or_default();
         }
-        Ok(Response::new(
-            self.shared.execute(request, &mut None).await?,
-        ))
+        Ok(Response::new(self.answer(request).await?))
     }
 
     async fn execute_stream(
@@ -172,11 +181,6 @@ impl TdxModuleService for ModuleService {
         &self,
         _: Request<GetPlatformRequest>,
     ) -> Result<Response<GetPlatformResponse>, Status> {
-        let run = self.shared.running.now();
-        Ok(Response::new(platform::describe(
-            &run.module,
-            &self.shared.limits,
-            &run.instance,
-        )))
+        Ok(Response::new(self.describe()))
     }
 }

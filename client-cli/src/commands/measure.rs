@@ -120,7 +120,10 @@ impl Build<'_> {
     /// A vCPU, and private memory for each section that is added.
     async fn prepare(&mut self, image: &Tdvf<'_>) -> Result<(), Error> {
         let vm_id = self.vm_id;
-        let message = CreateVcpuRequest { vm_id };
+        let message = CreateVcpuRequest {
+            vm_id,
+            create_only: false,
+        };
         let vcpu = self
             .client
             .short("CreateVcpu", message, async |mut mmu, request| {
@@ -219,7 +222,10 @@ impl Build<'_> {
 
     /// Ends the build; answers MRTD as 96 hex digits.
     async fn finalize(&mut self) -> Result<String, Error> {
-        let message = FinalizeVmRequest { vm_id: self.vm_id };
+        let message = FinalizeVmRequest {
+            vm_id: self.vm_id,
+            hw_error: 0,
+        };
         let answer = self
             .client
             .long("FinalizeVm", message, async |mut mmu, request| {

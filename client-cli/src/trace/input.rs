@@ -40,7 +40,7 @@ pub fn open(path: &Path) -> Result<Input, InputError> {
 }
 
 /// Puts a decoder before compressed input.
-fn unpack(raw: impl BufRead + Send + 'static) -> io::Result<Input> {
+pub(crate) fn unpack(raw: impl BufRead + Send + 'static) -> io::Result<Input> {
     let mut raw = raw;
     let start = peek_magic(&mut raw)?;
     let raw = io::Cursor::new(start.clone()).chain(raw);

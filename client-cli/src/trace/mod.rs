@@ -23,6 +23,7 @@ mod unmap;
 mod vcpus;
 
 pub use error_code::{as_shared, qualification};
+pub(crate) use input::unpack;
 pub use input::{Input, InputError, open};
 pub use lines::MAX_LINE_BYTES;
 pub use reader::{ReadError, Unreadable, read};
