@@ -277,8 +277,8 @@ mod tests {
 
     /// Statuses of a request on the machine above.
     fn statuses(request: ExecuteRequest) -> Vec<CompletionStatus> {
-        let module = Module::new(platform()).unwrap();
-        let service = ModuleService::new(module, &LIMITS, CancellationToken::new());
+        let running = Running::start(platform(), &LIMITS).unwrap();
+        let service = ModuleService::new(Arc::new(running), &LIMITS, CancellationToken::new());
         let answer = ready(service.answer(request)).unwrap();
         answer
             .results

@@ -95,7 +95,8 @@ pub enum RunExit {
 /// What KVM_RUN did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunReport {
-    /// One for each thing that is done, in order.
+    /// The result of a call that an earlier run had left open, then one for each thing that is
+    /// done, in order.
     pub done: Vec<GuestStep>,
     /// Why it returned.
     pub exit: RunExit,

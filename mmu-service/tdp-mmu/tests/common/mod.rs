@@ -1,6 +1,7 @@
 //! A host, a VM and the real module core in one process, for tests of the public face.
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
+pub(crate) mod guest;
 pub(crate) mod port;
 pub(crate) mod state;
 
@@ -10,7 +11,7 @@ use tdp_mmu::{
     Fault, Host, InitRegion, Measure, MemoryRange, Mode, Platform, RetPf, SlotSpec, Vm, VmConfig,
     VmError,
 };
-use tdx_defs::{Gpaw, Hpa};
+use tdx_defs::{Gpaw, Hpa, TdAttributes};
 use tdx_module::{Module, PlatformConfig, Tdmr};
 
 use port::Port;
@@ -93,6 +94,23 @@ impl Rig {
         Self { module, port, host }
     }
 
+    /// Baseline E4 or E5 with other attributes.
+    pub(crate) fn empty_with(&self, mode: Mode, gpaw: Gpaw, attributes: TdAttributes) -> Vm {
+        let config = VmConfig {
+            gpaw,
+            mode,
+            attributes,
+            ..VmConfig::default()
+        };
+        let port = Arc::clone(&self.port);
+        let vm = Vm::new(Arc::clone(&self.host), port, config);
+        vm.init().unwrap();
+        fill(&vm);
+        vm.load_mmu(0).unwrap();
+        vm.finalize().unwrap();
+        vm
+    }
+
     /// A VM that is no TD yet.
     pub(crate) fn uninitialized(&self, mode: Mode, gpaw: Gpaw) -> Vm {
         let config = VmConfig {
@@ -113,10 +131,7 @@ impl Rig {
     /// Baseline Pre: one vCPU, one private guest_memfd slot, roots not loaded, not finalised.
     pub(crate) fn pre(&self, mode: Mode, gpaw: Gpaw) -> Vm {
         let vm = self.create(mode, gpaw).unwrap();
-        vm.add_vcpu().unwrap();
-        vm.set_user_memory_region(gmem_slot(0, 0, SLOT_PAGES))
-            .unwrap();
-        vm.set_memory_attributes(0, SLOT_PAGES << 12, 8).unwrap();
+        fill(&vm);
         vm
     }
 
@@ -127,6 +142,14 @@ impl Rig {
         vm.finalize().unwrap();
         vm
     }
+}
+
+/// One vCPU and one private guest_memfd slot.
+fn fill(vm: &Vm) {
+    vm.add_vcpu().unwrap();
+    vm.set_user_memory_region(gmem_slot(0, 0, SLOT_PAGES))
+        .unwrap();
+    vm.set_memory_attributes(0, SLOT_PAGES << 12, 8).unwrap();
 }
 
 /// A slot with guest_memfd over frames `first..first + pages`.
