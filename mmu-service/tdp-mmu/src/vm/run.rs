@@ -200,15 +200,22 @@ impl Runner<'_> {
             // The guest gets its answer by the next entry.
             self.go_inside()?;
         }
+        // What is done before the first operation ends a call of an earlier run.
+        let earlier = self.done.len();
         let mut exits = 0;
-        while let Some(op) = request.ops.get(self.done.len()) {
+        while let Some(op) = request.ops.get(self.done.len() - earlier) {
             if self.vcpu.mode.take_event() {
                 return Err(RunExit::Interrupted);
             }
+            if self.run.vmcall.is_some() {
+                // The guest's call ends with its next entry.
+                self.go_inside()?;
+                continue;
+            }
             let before = self.done.len();
             match self.shared_access(op) {
-                Some((gfn_access, gpa)) => self.shared(op, gpa, gfn_access)?,
-                None => self.private(&request.ops[before..])?,
+                Some((access, gpa)) => self.shared(op, gpa, access)?,
+                None => self.private(&request.ops[before - earlier..])?,
             }
             exits = if self.done.len() == before {
                 exits + 1
