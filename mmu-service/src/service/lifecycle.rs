@@ -113,6 +113,7 @@ fn vm_config(request: &wire::CreateVmRequest) -> Result<VmConfig, InvalidField> 
             request.xfam
         },
         max_vcpus,
+        ..VmConfig::default()
     })
 }
 

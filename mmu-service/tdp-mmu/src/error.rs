@@ -124,6 +124,12 @@ pub enum VmError {
     /// The prefault of a page ended in emulation: no slot covers it.
     #[error("gpa: no memory slot covers {0}")]
     NoMemory(Gpa),
+    /// The host does not map the user memory behind the address, or not for this access.
+    #[error("gpa: the host's mapping behind {0} does not allow the access")]
+    HostFault(Gpa),
+    /// The slot has no dirty log.
+    #[error("slot_id: memory slot {0} has no dirty log")]
+    NoDirtyLog(u32),
     /// The slot under the address is being deleted.
     #[error("the memory slot under {0} is being deleted")]
     SlotGoing(Gpa),
@@ -145,7 +151,10 @@ impl VmError {
         match self {
             Self::Invalid { .. } | Self::State { .. } => errno::EINVAL,
             Self::NotYet { .. } => errno::EOPNOTSUPP,
-            Self::NoVcpu(_) | Self::NoSlot(_) | Self::NoMemory(_) => errno::ENOENT,
+            Self::NoVcpu(_) | Self::NoSlot(_) | Self::NoMemory(_) | Self::NoDirtyLog(_) => {
+                errno::ENOENT
+            }
+            Self::HostFault(_) => errno::EFAULT,
             Self::SlotOverlaps(_) => errno::EEXIST,
             Self::Dead { .. } | Self::AlreadyMapped(_) | Self::Seam(_) => errno::EIO,
             Self::Refused {
@@ -168,9 +177,9 @@ impl VmError {
         match self {
             Self::Invalid { field, .. } => Some(field),
             Self::NoVcpu(_) => Some("vcpu_id"),
-            Self::NoSlot(_) => Some("slot_id"),
+            Self::NoSlot(_) | Self::NoDirtyLog(_) => Some("slot_id"),
             Self::SlotOverlaps(_) => Some("slot"),
-            Self::AlreadyMapped(_) | Self::NoMemory(_) => Some("gpa"),
+            Self::AlreadyMapped(_) | Self::NoMemory(_) | Self::HostFault(_) => Some("gpa"),
             _ => None,
         }
     }
@@ -189,9 +198,11 @@ impl VmError {
             Self::Invalid { .. } => ErrorKind::InvalidArgument,
             Self::NoVcpu(_) | Self::NoSlot(_) | Self::NoMemory(_) => ErrorKind::NotFound,
             Self::SlotOverlaps(_) | Self::AlreadyMapped(_) => ErrorKind::AlreadyExists,
-            Self::State { .. } | Self::NotYet { .. } | Self::Dead { .. } => {
-                ErrorKind::FailedPrecondition
-            }
+            Self::State { .. }
+            | Self::NotYet { .. }
+            | Self::Dead { .. }
+            | Self::HostFault(_)
+            | Self::NoDirtyLog(_) => ErrorKind::FailedPrecondition,
             Self::MemoryFault { .. } => ErrorKind::MemoryFault,
             Self::Exhausted { .. } => ErrorKind::ResourceExhausted,
             Self::Refused {

@@ -50,6 +50,13 @@ impl Td {
         }
     }
 
+    /// In an ordinary VM: nothing to build, nothing to call.
+    pub(crate) fn none() -> Self {
+        let td = Self::new(Pfn::default(), 0);
+        td.state.store(2, Ordering::Release);
+        td
+    }
+
     pub(crate) fn state(&self) -> TdState {
         match self.state.load(Ordering::Acquire) {
             0 => TdState::Uninitialized,

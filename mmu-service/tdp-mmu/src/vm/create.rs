@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use tdx_defs::{GpaLayout, Gpaw, Leaf, TdParams, field};
+use tdx_defs::{Gpaw, Leaf, TdParams, field};
 
 use super::{Vm, VmConfig};
 use crate::bugs::Check;
@@ -12,7 +12,8 @@ use crate::counts::Counts;
 use crate::error::VmError;
 use crate::host::Host;
 use crate::mmu::Mmu;
-use crate::seam::{SeamError, SeamPort};
+use crate::mmu::layout::{Layout, VmKind};
+use crate::seam::{Batch, SeamError, SeamPort, Ticket};
 use crate::sync::{Mutex, lock};
 use crate::tdx::calls;
 use crate::tdx::lifecycle::{self, expect, out_of_memory};
@@ -25,12 +26,30 @@ const CONFIG_FLAGS_PRESERVE_RBP: u64 = 1 << 2;
 const TSC_25MHZ: u16 = 100;
 
 impl Vm {
-    /// Creates and initialises a TD.
+    /// An ordinary VM, whatever `config.kind` says: no module is needed.
+    pub fn create_ordinary(host: Arc<Host>, config: VmConfig) -> Result<Self, VmError> {
+        if config.max_vcpus == 0 {
+            return Err(VmError::invalid("max_vcpus", "a VM needs at least one"));
+        }
+        let config = VmConfig {
+            kind: VmKind::Ordinary,
+            ..config
+        };
+        Ok(Self::assemble(host, Arc::new(NoModule), config, Td::none()))
+    }
+
+    /// Creates and initialises a TD, or an ordinary VM.
     pub fn create(
         host: Arc<Host>,
         port: Arc<dyn SeamPort>,
         config: VmConfig,
     ) -> Result<(Self, Counts), VmError> {
+        if config.kind == VmKind::Ordinary {
+            return Self::create_ordinary(host, config).map(|vm| (vm, Counts::default()));
+        }
+        if config.pml {
+            return Err(VmError::invalid("pml", "a TD has no page modification log"));
+        }
         let params = td_params(&host, &config)?;
         let hkid = host.hkids.alloc().ok_or(VmError::Exhausted {
             what: "private key ids",
@@ -41,23 +60,7 @@ impl Vm {
             return Err(out_of_memory(&host));
         };
         let tdr = pages.remove(0);
-        let layout = GpaLayout::new(config.gpaw);
-        let vm = Self {
-            td: Td::new(tdr, hkid),
-            mmu: Mmu::new(layout),
-            host,
-            port,
-            config,
-            slots: super::Slots::default(),
-            slots_lock: Mutex::default(),
-            private: Mutex::default(),
-            gmem_lock: Mutex::default(),
-            invalidation: super::Invalidation::default(),
-            vcpus: super::ArcSwap::default(),
-            counts: Mutex::default(),
-            leaked: super::AtomicU64::new(0),
-            destroyed: super::AtomicBool::new(false),
-        };
+        let vm = Self::assemble(host, port, config, Td::new(tdr, hkid));
         let mut seam = vm.seam(0);
         match lifecycle::init_td(&vm.host, &mut seam, &vm.td, &params, &pages) {
             Ok(()) => {
@@ -69,6 +72,33 @@ impl Vm {
                 vm.undo_create(seam, &pages, &error);
                 Err(error)
             }
+        }
+    }
+
+    fn assemble(host: Arc<Host>, port: Arc<dyn SeamPort>, config: VmConfig, td: Td) -> Self {
+        // A VM with private memory has no SMM address space.
+        let address_spaces = match config.kind {
+            VmKind::Td => 1,
+            VmKind::Ordinary => 2,
+        };
+        Self {
+            td,
+            mmu: Mmu::new(Layout::new(config.gpaw, config.kind)),
+            host,
+            port,
+            nx_huge_pages: super::AtomicBool::new(config.nx_huge_pages),
+            config,
+            slots: super::Slots::new(address_spaces),
+            slots_lock: Mutex::default(),
+            private: Mutex::default(),
+            gmem_lock: Mutex::default(),
+            invalidation: super::Invalidation::default(),
+            vcpus: super::ArcSwap::default(),
+            counts: Mutex::default(),
+            leaked: super::AtomicU64::new(0),
+            destroyed: super::AtomicBool::new(false),
+            tracked: super::WriteTracked::default(),
+            valid_gen: super::AtomicU32::new(0),
         }
     }
 
@@ -149,6 +179,17 @@ impl Vm {
             word.copy_from_slice(&result.r8.to_le_bytes());
         }
         Ok(mrtd)
+    }
+}
+
+/// An ordinary VM has nothing to tell a module.
+struct NoModule;
+
+impl SeamPort for NoModule {
+    fn submit(&self, _batch: Batch) -> Ticket {
+        Ticket::ready(Err(SeamError::NotSent {
+            reason: "an ordinary VM has no module".into(),
+        }))
     }
 }
 

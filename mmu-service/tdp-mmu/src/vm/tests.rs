@@ -2,6 +2,7 @@
 
 use tdx_defs::{Gfn, Gpaw, Leaf, Level, Pfn, Visibility};
 
+use super::fault::Roots;
 use super::faulting::Faulting;
 use super::resolve::Early;
 use super::wanted::Wanted;
@@ -47,11 +48,13 @@ fn wanted(gfn: Gfn, visibility: Visibility, prefetch: bool) -> Wanted {
     };
     Wanted {
         index: 0,
+        gpa: gfn.base().get(),
         gfn,
         visibility,
         access,
         present: false,
         prefetch,
+        guest_walk: None,
     }
 }
 
@@ -117,7 +120,10 @@ fn d16_faults_on_an_obsolete_direct_root_start_over() {
             let vcpu = vm.vcpu(0).unwrap();
             let roots = {
                 let run = lock(&vcpu.run);
-                (run.root.unwrap(), run.mirror_root.unwrap())
+                Roots {
+                    direct: run.root.unwrap(),
+                    mirror: run.mirror_root,
+                }
             };
             drop(vm.mmu.invalidate_roots(RootTypes::DIRECT));
             let gfn = Gfn::new(if visibility == Visibility::Shared {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use tdx_defs::{Leaf, Level, Pfn, field};
 
 use super::Vm;
+use super::mmio::MmioCache;
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
@@ -27,6 +28,8 @@ pub(crate) struct Vcpu {
     pub(crate) id: u32,
     /// Logical processor that it runs on.
     pub(crate) lp: u32,
+    /// The MMIO frame that it met last, and of which generation of slots.
+    pub(crate) mmio: MmioCache,
     /// `vcpu->mutex`.
     pub(crate) run: Mutex<Run>,
 }
@@ -54,7 +57,9 @@ impl Vm {
     pub fn create_vcpu(&self) -> Result<(u32, Counts), VmError> {
         let _slots = lock(&self.slots_lock);
         self.alive()?;
-        self.needs("KVM_TDX_INIT_VCPU", TdState::Initialized)?;
+        if self.is_td() {
+            self.needs("KVM_TDX_INIT_VCPU", TdState::Initialized)?;
+        }
         let vcpus = self.vcpus.load_full();
         if vcpus.len() >= usize::from(self.config.max_vcpus) {
             let reason = format!("the VM has its {} vCPUs", self.config.max_vcpus);
@@ -63,6 +68,10 @@ impl Vm {
         let id = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
         let platform = self.host.platform();
         let lp = id % platform.logical_processors;
+        if !self.is_td() {
+            self.add_vcpu(&vcpus, id, lp, Vec::new());
+            return Ok((id, Counts::default()));
+        }
         let pages = self
             .host
             .memory
@@ -96,20 +105,26 @@ impl Vm {
             self.finish(seam);
             return Err(expect(leaf, &result).err().unwrap_or(VmError::NoVcpu(id)));
         }
+        self.add_vcpu(&vcpus, id, lp, pages);
+        Ok((id, self.finish(seam)))
+    }
+
+    /// The caller holds slots_lock.
+    fn add_vcpu(&self, vcpus: &[Arc<Vcpu>], id: u32, lp: u32, pages: Vec<Pfn>) {
         let run = Run {
             pages,
             root: None,
             mirror_root: None,
             counts: Counts::default(),
         };
-        let mut longer = (*vcpus).clone();
+        let mut longer = vcpus.to_vec();
         longer.push(Arc::new(Vcpu {
             id,
             lp,
+            mmio: MmioCache::default(),
             run: Mutex::new(run),
         }));
         self.vcpus.store(Arc::new(longer));
-        Ok((id, self.finish(seam)))
     }
 
     /// kvm_mmu_load: makes or reuses the mirror root, then the direct root, and tells the module
@@ -135,10 +150,10 @@ impl Vm {
                 Some(_) => return Ok(Counts::default()),
                 None => {}
             }
-            if run.mirror_root.is_none() {
+            if run.mirror_root.is_none() && self.is_td() {
                 run.mirror_root = self.mmu.alloc_root(RootKind::Mirror);
             }
-            if run.mirror_root.is_some() {
+            if run.mirror_root.is_some() || !self.is_td() {
                 run.root = self.mmu.alloc_root(RootKind::Direct);
             }
         }
@@ -146,7 +161,7 @@ impl Vm {
             return Err(out_of_memory(&self.host));
         };
         let mut seam = self.seam(vcpu.lp);
-        if self.check_root_level(self.mmu.arena.level(root)) {
+        if self.is_td() && self.check_root_level(self.mmu.arena.level(root)) {
             let pointer = calls::vp_wr(
                 run.tdvpr(),
                 field::SHARED_EPT_POINTER,
@@ -184,6 +199,14 @@ impl Vm {
         let mut run = lock(&vcpu.run);
         self.unload(&mut run);
         Ok(())
+    }
+
+    /// The vCPU goes: kvm_mmu_unload puts its direct root, kvm_mmu_destroy the mirror root.
+    pub(super) fn put_roots(&self, run: &mut Run) {
+        self.unload(run);
+        if let Some(root) = run.mirror_root.take() {
+            self.mmu.put_root(root);
+        }
     }
 
     pub(super) fn unload(&self, run: &mut Run) {

@@ -9,6 +9,7 @@ use super::{Fault, RetPf, Vm};
 use crate::bugs::Check;
 use crate::error::VmError;
 use crate::mmu::spte::Access;
+use crate::trace::{Event, error_code};
 
 /// Exit qualification: the access was a write.
 const WRITE: u64 = 1 << 1;
@@ -16,12 +17,18 @@ const WRITE: u64 = 1 << 1;
 const FETCH: u64 = 1 << 2;
 /// Exit qualification: what the entry allowed; not zero when it was present.
 const ALLOWED: u64 = 7 << 3;
+/// Exit qualification: the address came from a walk of the guest's tables.
+const GVA_VALID: u64 = 1 << 7;
+/// Exit qualification: it is what that walk ended with.
+const GVA_TRANSLATED: u64 = 1 << 8;
 
 /// An access to resolve.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Wanted {
     /// Its place in the caller's list.
     pub(super) index: usize,
+    /// As the guest issued it.
+    pub(super) gpa: u64,
     pub(super) gfn: Gfn,
     pub(super) visibility: Visibility,
     pub(super) access: Access,
@@ -29,6 +36,39 @@ pub(super) struct Wanted {
     pub(super) present: bool,
     /// Ahead of any access: KVM_PRE_FAULT_MEMORY.
     pub(super) prefetch: bool,
+    /// Whether bits 7 and 8 said that the address is the end of a guest walk, or inside it.
+    pub(super) guest_walk: Option<GuestWalk>,
+}
+
+/// Where in the guest's own walk an access was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GuestWalk {
+    Inside,
+    Final,
+}
+
+impl Wanted {
+    /// KVM's error code (PFERR_*) of an access that is not private.
+    pub(super) fn error_code(&self) -> u64 {
+        let mut code = 0;
+        for (set, bit) in [
+            (self.present, error_code::PRESENT),
+            (self.access.write, error_code::WRITE),
+            (!self.access.write && !self.access.exec, error_code::USER),
+            (self.access.exec, error_code::FETCH),
+            (
+                self.guest_walk == Some(GuestWalk::Final),
+                error_code::GUEST_FINAL,
+            ),
+            (
+                self.guest_walk == Some(GuestWalk::Inside),
+                error_code::GUEST_PAGE,
+            ),
+        ] {
+            code |= if set { bit } else { 0 };
+        }
+        code
+    }
 }
 
 /// How an access ended.
@@ -37,12 +77,35 @@ pub(super) struct Ended {
     pub(super) index: usize,
     pub(super) gfn: Gfn,
     pub(super) result: Result<RetPf, VmError>,
+    /// The page of the frame, if it is known.
     pub(super) pfn: Option<Pfn>,
+    /// Level of its mapping.
+    pub(super) level: Level,
 }
 
 impl Vm {
-    /// What a fault asks for. Fetching from shared memory is a bug of the guest that ends it (B34).
-    pub(super) fn wanted(&self, index: usize, fault: Fault) -> Result<Wanted, VmError> {
+    /// What a fault asks for. A TD that fetches from shared memory has a bug that ends it (B34).
+    pub(super) fn wanted(
+        &self,
+        vcpu_id: u32,
+        index: usize,
+        fault: Fault,
+    ) -> Result<Wanted, VmError> {
+        let wanted = self.understand(index, fault)?;
+        self.mmu.tracer.emit(|| Event::PageFault {
+            vcpu: vcpu_id,
+            // Protected guests do not show it; ordinary ones are not asked.
+            rip: 0,
+            address: fault.gpa,
+            error_code: match wanted.visibility {
+                Visibility::Private => WRITE,
+                Visibility::Shared => fault.qualification,
+            },
+        });
+        Ok(wanted)
+    }
+
+    fn understand(&self, index: usize, fault: Fault) -> Result<Wanted, VmError> {
         let layout = self.mmu.layout;
         if fault.gpa >> layout.width() != 0 {
             return Err(VmError::invalid(
@@ -57,6 +120,7 @@ impl Vm {
         let (gfn, visibility) = layout.split(Gpa::new(fault.gpa));
         let wanted = Wanted {
             index,
+            gpa: fault.gpa,
             gfn,
             visibility,
             access: Access {
@@ -65,12 +129,14 @@ impl Vm {
             },
             present: false,
             prefetch: false,
+            guest_walk: None,
         };
         if visibility == Visibility::Private {
             // The real qualification is replaced by "write".
             return Ok(wanted);
         }
-        if fault.qualification & FETCH != 0 {
+        let exec = fault.qualification & FETCH != 0;
+        if exec && self.is_td() {
             self.mmu.bugs.bug(Check::B34, || {
                 format!("instruction fetch from shared {gfn}")
             });
@@ -78,17 +144,18 @@ impl Vm {
         }
         let access = Access {
             write: fault.qualification & WRITE != 0,
-            exec: false,
+            exec,
+        };
+        let guest_walk = match fault.qualification {
+            bits if bits & GVA_VALID == 0 => None,
+            bits if bits & GVA_TRANSLATED == 0 => Some(GuestWalk::Inside),
+            _ => Some(GuestWalk::Final),
         };
         Ok(Wanted {
             access,
             present: fault.qualification & ALLOWED != 0,
+            guest_walk,
             ..wanted
         })
-    }
-
-    /// Level of what a fault maps.
-    pub(super) fn level_of(ret_pf: RetPf) -> Option<Level> {
-        matches!(ret_pf, RetPf::Fixed | RetPf::Spurious).then_some(Level::L4K)
     }
 }
