@@ -58,4 +58,15 @@ impl Mmu {
         }
         Fast::Invalid(found)
     }
+
+    /// Undoes what the fast path did to a leaf, unless the leaf is another one by now.
+    pub(crate) fn take_write_back(&self, step: &Step) {
+        let mut found = self.read(step.slot);
+        while spte::is_leaf(found, step.level) && found & spte::WRITE != 0 {
+            match self.swap(step.slot, found, found & !spte::WRITE) {
+                Ok(()) => return,
+                Err(other) => found = other,
+            }
+        }
+    }
 }

@@ -52,7 +52,8 @@ pub(crate) struct Zapped {
 }
 
 impl Mmu {
-    /// tdp_mmu_zap_leafs: every leaf that overlaps `range` goes to NP, at most `limit` of them.
+    /// tdp_mmu_zap_leafs: every leaf that overlaps `range` goes to NP, at most `limit` of them. On a
+    /// direct root, where nothing has to follow, the walk also stops as soon as a fault waits.
     pub(crate) fn zap_leafs(
         &self,
         held: &WriteGuard<'_>,
@@ -62,11 +63,13 @@ impl Mmu {
         ops: &mut Vec<ExternalOp>,
     ) -> Zapped {
         let mut zapped = Zapped::default();
+        let is_direct = !self.arena.header(root).role().is_mirror();
         self.visit(root, range, Level::L4K, &mut |at| {
             if !spte::is_leaf(at.spte, at.level) {
                 return ControlFlow::Continue(());
             }
-            if zapped.leaves == limit {
+            let yields = is_direct && zapped.leaves != 0 && held.is_contended();
+            if zapped.leaves == limit || yields {
                 zapped.next = Some(at.gfn.get());
                 return ControlFlow::Break(());
             }

@@ -269,6 +269,12 @@ impl<'a> Faulting<'a> {
             Fast::Fixed(step) => {
                 if let Some(slot) = &slot {
                     slot.log.mark(slot.offset(wanted.gfn));
+                    // A log that began since the slot was looked at: the leaf is too large for it.
+                    // The kernel lets no log begin while a fault has the slot (SRCU).
+                    if step.level > Level::L4K && slot.log.is_on() {
+                        mmu.take_write_back(&step);
+                        return None;
+                    }
                 }
                 (RetPf::Fixed, step)
             }

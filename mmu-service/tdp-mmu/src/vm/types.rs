@@ -8,6 +8,7 @@ use crate::memory::slots::SlotSpec;
 use crate::mmu::layout::VmKind;
 use crate::mmu::role::RootKind;
 use crate::mmu::spte::SpteKind;
+use crate::trace::error_code;
 
 /// How changes of the mirror reach the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -87,6 +88,36 @@ pub struct Fault {
     /// Exit qualification: read 1, write 2, fetch 4; bits 5:3 say what the entry allowed; bit 7
     /// that the address came from a guest walk, bit 8 that it is the access itself.
     pub qualification: u64,
+}
+
+impl Fault {
+    /// The access that a real KVM reported with a page fault error code: AMD's, or what
+    /// kvm_page_fault prints there. A reserved bit needs no saying, the tables know it.
+    pub fn from_error_code(gpa: u64, code: u64) -> Self {
+        let access = if code & error_code::FETCH != 0 {
+            4
+        } else if code & error_code::WRITE != 0 {
+            2
+        } else {
+            1
+        };
+        let present = if code & error_code::PRESENT != 0 {
+            1 << 3
+        } else {
+            0
+        };
+        let walk = if code & error_code::GUEST_FINAL != 0 {
+            1 << 7 | 1 << 8
+        } else if code & error_code::GUEST_PAGE != 0 {
+            1 << 7
+        } else {
+            0
+        };
+        Self {
+            gpa,
+            qualification: access | present | walk,
+        }
+    }
 }
 
 /// `enum RET_PF_*`, arch/x86/kvm/mmu/mmu_internal.h.

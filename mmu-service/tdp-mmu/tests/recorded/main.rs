@@ -23,10 +23,6 @@ const RECORDINGS: [(&str, &str); 4] = [
     ("prefault", include_str!("prefault.txt")),
 ];
 
-/// Exit qualifications: what the entry allowed, and where the address came from.
-const ALLOWED: u64 = 1 << 3;
-const GUEST_FINAL: u64 = 1 << 7 | 1 << 8;
-
 struct Step<'a> {
     title: &'a str,
     fields: BTreeMap<&'a str, &'a str>,
@@ -158,11 +154,13 @@ impl Player {
         let name = step.title.split_whitespace().next().unwrap();
         match name {
             "CREATE_VM" | "ENABLE_CAP" => {}
-            "CREATE_VCPU" => drop(vm.create_vcpu()?),
+            "CREATE_VCPU" => {
+                vm.create_vcpu()?;
+            }
             "SET_USER_MEMORY_REGION" => {
                 let note = step.fields.get("note").copied().unwrap_or("");
                 let huge = note.contains("THP");
-                drop(vm.set_user_memory_region(SlotSpec {
+                vm.set_user_memory_region(SlotSpec {
                     slot_id: u32::try_from(get("slot")).unwrap(),
                     gpa: get("gpa"),
                     size: get("size"),
@@ -175,7 +173,7 @@ impl Player {
                     },
                     demand_zero: note.contains("not-populated"),
                     ..SlotSpec::default()
-                })?);
+                })?;
             }
             "ACCESS" => return self.access(step),
             "GET_DIRTY_LOG" => {
@@ -198,7 +196,7 @@ impl Player {
                     .find(|line| line.starts_with("PRE_FAULT "));
                 let left = fields(line.unwrap());
                 assert_eq!(hex(left["left_size"]), size - done, "{}", step.title);
-                drop(result?);
+                result?;
             }
             "MADVISE" | "MPROTECT" | "MUNMAP" => {
                 let change = match step.title {
@@ -212,7 +210,7 @@ impl Player {
             }
             "VM_DESTROY" => {
                 self.notify(step)?;
-                drop(vm.destroy()?);
+                vm.destroy()?;
             }
             _ => panic!("{} is no known step", step.title),
         }
@@ -226,7 +224,7 @@ impl Player {
             text.split_once(" -- ")
         });
         for (start, end) in ranges {
-            drop(self.vm.notify_unmap(hex(start), hex(end))?);
+            self.vm.notify_unmap(hex(start), hex(end))?;
         }
         Ok(())
     }
@@ -242,14 +240,7 @@ impl Player {
                 .skip_while(|word| *word != "address");
             let gpa = hex(words.nth(1).unwrap());
             let code = hex(words.nth(1).unwrap());
-            let access = match code {
-                code if code & 1 << 4 != 0 => 4,
-                code if code & 2 != 0 => 2,
-                _ => 1,
-            };
-            let present = if code & 1 != 0 { ALLOWED } else { 0 };
-            let qualification = access | present | GUEST_FINAL;
-            self.vm.handle_fault(0, Fault { gpa, qualification })?;
+            self.vm.handle_fault(0, Fault::from_error_code(gpa, code))?;
         }
         Ok(())
     }
