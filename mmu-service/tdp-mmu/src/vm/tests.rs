@@ -241,3 +241,81 @@ fn t07_a_leaf_left_behind_the_key_is_a_bug() {
         "the mirror is cleared"
     );
 }
+
+#[test]
+fn r15_a_vcpu_that_goes_puts_both_roots() {
+    let (_rig, vm) = e4(Mode::Batched);
+    let counts = |vm: &Vm| vm.roots().iter().map(|root| root.count).collect::<Vec<_>>();
+    assert_eq!(counts(&vm), [2, 2]);
+    let vcpu = vm.vcpu(0).unwrap();
+    vm.put_roots(&mut lock(&vcpu.run));
+    assert_eq!(counts(&vm), [1, 1]);
+    let run = lock(&vcpu.run);
+    assert!(run.root.is_none() && run.mirror_root.is_none());
+}
+
+#[test]
+fn z28_a_generation_that_comes_round_zaps_everything_shared() {
+    let (_rig, vm) = e4(Mode::Batched);
+    common::map_private(&vm, 1..2);
+    common::map_shared(&vm, 2..3);
+    vm.slots
+        .generation
+        .store(spte::MMIO_GEN_MASK, Ordering::SeqCst);
+    vm.set_user_memory_region(common::user_slot(1, 0x8_0000, 16))
+        .unwrap();
+    assert_eq!(vm.slots.generation(), 0);
+    let roles: Vec<u32> = vm.roots().iter().map(|root| root.role).collect();
+    assert_eq!(roles, [0x3F84, 0x8_3784], "the direct root is obsolete");
+    assert_eq!(vm.info().pages_4k, 1, "the private page stays");
+    vm.set_user_memory_region(common::user_slot(2, 0x9_0000, 16))
+        .unwrap();
+    assert_eq!(vm.roots()[0].role, 0x3F84, "no second zap");
+}
+
+#[test]
+fn c22_a_root_that_becomes_obsolete_is_replaced_on_the_next_entry() {
+    let (rig, vm) = e4(Mode::Kernel);
+    common::map_shared(&vm, 2..3);
+    rig.port.take_calls();
+    let vcpu = vm.vcpu(0).unwrap();
+    let roots = vm.enter(&vcpu, &mut lock(&vcpu.run)).unwrap();
+    vm.zap_all_fast().unwrap();
+    for visibility in [Visibility::Shared, Visibility::Private] {
+        let gfn = Gfn::new(if visibility == Visibility::Shared {
+            2
+        } else {
+            1
+        });
+        let mut faulting = Faulting::new(&vm, &vcpu, roots, vm.seam(0));
+        faulting.push(wanted(gfn, visibility, false));
+        faulting.finish();
+        assert_eq!(faulting.ended[0].result, Ok(RetPf::Retry), "{visibility:?}");
+    }
+    assert_eq!(leaves(&rig), []);
+    let report = vm.handle_fault(0, common::shared(&vm, 2)).unwrap();
+    assert_eq!(report.ret_pf, RetPf::Fixed);
+    assert_eq!(leaves(&rig), [Leaf::VP_WR]);
+}
+
+#[test]
+fn c23_a_removed_table_is_not_reused_while_somebody_walks_it() {
+    let rig = Rig::new();
+    let vm = rig.ordinary(VmConfig::default());
+    vm.set_user_memory_region(common::user_slot(0, 0, 0x400))
+        .unwrap();
+    vm.handle_fault(0, common::shared(&vm, 1)).unwrap();
+    let root = vm.mmu.root_of(RootKind::Direct).unwrap();
+    let walker = crossbeam_epoch::pin();
+    let leaf = vm.mmu.last(root, GFN).unwrap();
+    vm.zap_all_fast().unwrap();
+    // The walker still holds the entry: frozen, in a table that nobody is given meanwhile.
+    assert_eq!(vm.mmu.read(leaf.slot), spte::FROZEN);
+    for gfn in 1..40 {
+        vm.handle_fault(0, common::shared(&vm, gfn)).unwrap();
+        let new = vm.mmu.root_of(RootKind::Direct).unwrap();
+        let tables = vm.mmu.path(new, Gfn::new(gfn));
+        assert!(tables.iter().all(|step| step.slot.table != leaf.slot.table));
+    }
+    drop(walker);
+}

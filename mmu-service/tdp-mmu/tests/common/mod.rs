@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tdp_mmu::{
     Fault, Host, InitRegion, Measure, MemoryRange, Mode, Platform, RetPf, SlotSpec, Vm, VmConfig,
-    VmError,
+    VmError, VmKind,
 };
 use tdx_defs::{Gpaw, Hpa};
 use tdx_module::{Module, PlatformConfig, Tdmr};
@@ -104,14 +104,35 @@ impl Rig {
         Vm::create(Arc::clone(&self.host), port, config).map(|(vm, _)| vm)
     }
 
+    /// An ordinary VM with one vCPU, no slot.
+    pub(crate) fn ordinary(&self, config: VmConfig) -> Vm {
+        let vm = Vm::create_ordinary(Arc::clone(&self.host), config).unwrap();
+        vm.create_vcpu().unwrap();
+        vm
+    }
+
     /// Baseline Pre: one vCPU, one private guest_memfd slot, roots not loaded, not finalised.
     pub(crate) fn pre(&self, mode: Mode, gpaw: Gpaw) -> Vm {
         let vm = self.create(mode, gpaw).unwrap();
+        Self::start(&vm);
+        vm
+    }
+
+    /// E4 with other settings.
+    pub(crate) fn empty_with(&self, config: VmConfig) -> Vm {
+        let port = Arc::clone(&self.port);
+        let (vm, _) = Vm::create(Arc::clone(&self.host), port, config).unwrap();
+        Self::start(&vm);
+        vm.load_mmu(0).unwrap();
+        vm.finalize().unwrap();
+        vm
+    }
+
+    fn start(vm: &Vm) {
         vm.create_vcpu().unwrap();
         vm.set_user_memory_region(gmem_slot(0, 0, SLOT_PAGES))
             .unwrap();
         vm.set_memory_attributes(0, SLOT_PAGES << 12, 8).unwrap();
-        vm
     }
 
     /// Baselines E4 and E5: Pre with roots loaded, finalised.
@@ -159,6 +180,9 @@ pub(crate) fn shared(vm: &Vm, gfn: u64) -> Fault {
 }
 
 pub(crate) fn shared_bit(vm: &Vm) -> u64 {
+    if vm.info().kind == VmKind::Ordinary {
+        return 0;
+    }
     match vm.info().gpaw {
         Gpaw::W48 => 1 << 47,
         Gpaw::W52 => 1 << 51,

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use tdp_mmu::{Counts, Fault, InitRegion, Measure, Mode, SlotSpec, Vm, VmError, errno};
+use tdp_mmu::{
+    Counts, DirtyLogMode, Event, Fault, HostChange, HostPageSize, InitRegion, Measure, Mode, RetPf,
+    SlotSpec, Vm, VmConfig, VmError, VmKind, errno,
+};
 use tdx_defs::{CompletionStatus, Gpaw, Leaf};
 
 use crate::calls;
@@ -24,6 +27,8 @@ pub(crate) struct World {
     /// Private tables that the end of the VM reclaimed, as level:frame.
     reclaimed: Vec<String>,
     destroyed: bool,
+    /// Tracepoints of the last action.
+    events: Vec<Event>,
 }
 
 /// What `do` changes is measured against this.
@@ -31,7 +36,7 @@ pub(crate) struct World {
 struct Before {
     counts: Counts,
     seq: u64,
-    pages: u64,
+    pages: [u64; 3],
     calls: Vec<String>,
 }
 
@@ -68,6 +73,7 @@ impl World {
             before: Before::default(),
             reclaimed: Vec::new(),
             destroyed: false,
+            events: Vec::new(),
         }
     }
 
@@ -88,12 +94,29 @@ impl World {
             ["p", first, pages] => common::map_private(self.vm(), range(first, pages)),
             ["s", first] => common::map_shared(self.vm(), range(first, "1")),
             ["s", first, pages] => common::map_shared(self.vm(), range(first, pages)),
+            // Maps a shared frame where there is memory.
+            ["m", gfn] => {
+                let report = self
+                    .vm()
+                    .handle_fault(0, common::shared(self.vm(), hex(gfn)));
+                assert_eq!(
+                    report.map(|report| report.ret_pf),
+                    Ok(RetPf::Fixed),
+                    "{gfn}"
+                );
+            }
             ["spoil", call, how, ref rest @ ..] => self.spoil(call, how, rest),
             ["calls", ..] => return self.check_calls(&text["calls".len()..]),
             ["kicks", n] => return same(self.delta(|counts| counts.kicks), decimal(n)),
             ["flushes", n] => return same(self.delta(|counts| counts.flushes), decimal(n)),
             ["seq", n] => return same(self.vm().invalidate_seq() - self.before.seq, decimal(n)),
-            ["pages", n] => return self.check_pages(n),
+            ["pages", n] => return self.check_pages(0, n),
+            ["pages2m", n] => return self.check_pages(1, n),
+            ["pages1g", n] => return self.check_pages(2, n),
+            ["splits", n] => return same(self.vm().stats().nx_lpage_splits, decimal(n)),
+            ["events", ref names @ ..] => return self.check_events(names),
+            ["event", ..] => return self.check_event(&text["event ".len()..]),
+            ["level", gfn, level] => return self.check_level(gfn, decimal(level)),
             ["stat", name, n] => return same(self.stat(name), decimal(n)),
             ["state", state] => return same(self.vm().info().state, state),
             ["roots", ref roots @ ..] => return self.check_roots(roots),
@@ -117,6 +140,13 @@ impl World {
             "E4" | "E5" => Some(self.rig.empty(self.mode, self.gpaw)),
             "Pre" => Some(self.rig.pre(self.mode, self.gpaw)),
             "TD" => Some(self.rig.create(self.mode, self.gpaw).unwrap()),
+            "ordinary" => Some(self.rig.ordinary(VmConfig::default())),
+            _ if name.starts_with("ordinary-") => Some(self.rig.ordinary(ordinary(name))),
+            "E4-lazy" => Some(self.rig.empty_with(VmConfig {
+                mode: self.mode,
+                eager_page_split: false,
+                ..VmConfig::default()
+            })),
             "none" => None,
             "none52" => {
                 self.gpaw = Gpaw::W52;
@@ -172,20 +202,26 @@ impl World {
             Some(vm) => Before {
                 counts: vm.stats().counts,
                 seq: vm.invalidate_seq(),
-                pages: vm.info().pages_4k,
+                pages: pages_of(vm),
                 calls: Vec::new(),
             },
             None => Before::default(),
         };
         let tables = match &self.vm {
+            Some(vm) if vm.info().kind == VmKind::Ordinary => BTreeMap::new(),
             Some(vm) => state::table_pages(vm, &self.rig.module),
             None => BTreeMap::new(),
         };
+        if let Some(vm) = &self.vm {
+            vm.trace(1 << 16);
+            vm.take_events();
+        }
         let words: Vec<&str> = action.split_whitespace().collect();
         let result = match self.perform(&words) {
             Ok(done) => done,
             Err(error) => name_of(&error),
         };
+        self.events = self.vm.as_ref().map_or(Vec::new(), |vm| vm.take_events().0);
         let platform = self.rig.host.platform();
         let (global, shift) = (platform.global_hkid.into(), platform.hkid_shift());
         let made = self.rig.port.take_calls();
@@ -251,13 +287,90 @@ impl World {
                 vm.set_memory_attributes(gpa, size, attributes).map(ok)
             }
             ["slot", kind, id, first, pages] => {
-                let spec = match kind {
-                    "gmem" | "gmem-ro" => common::gmem_slot(number(id), hex(first), hex(pages)),
-                    _ => common::user_slot(number(id), hex(first), hex(pages)),
+                let (id, first, pages) = (number(id), hex(first), hex(pages));
+                let mut flags = kind.split('-');
+                let mut spec = match flags.next() {
+                    Some("gmem") => common::gmem_slot(id, first, pages),
+                    _ => common::user_slot(id, first, pages),
                 };
-                let read_only = kind.ends_with("ro");
-                vm.set_user_memory_region(SlotSpec { read_only, ..spec })
+                for flag in flags {
+                    match flag {
+                        "ro" => spec.read_only = true,
+                        "log" => spec.log_dirty = true,
+                        "zero" => spec.demand_zero = true,
+                        "2m" => spec.host_page_size = HostPageSize::Size2M,
+                        "1g" => spec.host_page_size = HostPageSize::Size1G,
+                        "skewed" => spec.userspace_addr += 0x1000,
+                        _ => panic!("{flag} is no flag of a slot"),
+                    }
+                }
+                vm.set_user_memory_region(spec).map(ok)
+            }
+            ["log", id, on] => {
+                let slots = vm.info().slots;
+                let spec = *slots
+                    .iter()
+                    .find(|slot| slot.slot_id == number(id))
+                    .unwrap();
+                let log_dirty = on == "on";
+                vm.set_user_memory_region(SlotSpec { log_dirty, ..spec })
                     .map(ok)
+            }
+            ["move", id, first] => {
+                let slots = vm.info().slots;
+                let spec = *slots
+                    .iter()
+                    .find(|slot| slot.slot_id == number(id))
+                    .unwrap();
+                let gpa = hex(first) << 12;
+                vm.set_user_memory_region(SlotSpec { gpa, ..spec }).map(ok)
+            }
+            ["dirty", id] => {
+                let (words, _) = vm.get_dirty_log(number(id))?;
+                let pages = (0..words.len() * 64)
+                    .filter(|page| words[page / 64] >> (page % 64) & 1 != 0)
+                    .map(|page| format!("{page:x}"));
+                Ok(format!("pages {}", pages.collect::<Vec<_>>().join(" "))
+                    .trim()
+                    .into())
+            }
+            ["clear", id, first, mask] => vm
+                .clear_dirty_log(number(id), hex(first), &[hex(mask)])
+                .map(ok),
+            ["age", first, pages] => {
+                let (start, size) = bytes(&range(first, pages));
+                let start = start + common::USER_BASE;
+                vm.age_hva(start, start + size)
+                    .map(|young| young.to_string())
+            }
+            ["test-age", gfn] => {
+                let hva = common::USER_BASE + (hex(gfn) << 12);
+                vm.test_age_hva(hva).map(|young| young.to_string())
+            }
+            ["wrprot", gfn] => vm
+                .write_protect_gfn(hex(gfn) << 12)
+                .map(|(protected, _)| protected.to_string()),
+            ["track", gfn, on] => vm.track_writes(hex(gfn) << 12, on == "on").map(ok),
+            ["nx", on] => vm.set_nx_huge_pages(on == "on").map(|()| "ok".into()),
+            ["recover-nx", most] => vm
+                .recover_nx_huge_pages(number(most))
+                .map(|(zapped, _)| zapped.to_string()),
+            ["access", how, gfn] => {
+                let gpa = common::shared(vm, hex(gfn)).gpa;
+                vm.access(gpa, how == "write").map(|done| done.to_string())
+            }
+            ["host", first, pages, how] => {
+                let (start, size) = bytes(&range(first, pages));
+                let start = start + common::USER_BASE;
+                let change = match how {
+                    "zero" => HostChange::DropToZero,
+                    "ro" => HostChange::ReadOnly,
+                    "rw" => HostChange::ReadWrite,
+                    "none" => HostChange::NoAccess,
+                    "2m" => HostChange::PageSize(HostPageSize::Size2M),
+                    _ => panic!("{how} is no change of the host's"),
+                };
+                vm.change_host_mapping(start, start + size, change).map(ok)
             }
             ["delete", id] => {
                 let spec = SlotSpec {
@@ -346,9 +459,51 @@ impl World {
     }
 
     /// `+n`, `-n`: what the last action added or took.
-    fn check_pages(&self, change: &str) -> Outcome {
-        let found = self.vm().info().pages_4k.cast_signed() - self.before.pages.cast_signed();
+    fn check_pages(&self, level: usize, change: &str) -> Outcome {
+        let now = pages_of(self.vm())[level];
+        let found = now.cast_signed() - self.before.pages[level].cast_signed();
         same(found, change.parse().unwrap())
+    }
+
+    /// Names of the last action's tracepoints, in order, `kvm_` and `mmu_` left out; a name stands
+    /// for all its neighbours of the same kind.
+    fn check_events(&self, expected: &[&str]) -> Outcome {
+        let mut names: Vec<&str> = self
+            .events
+            .iter()
+            .map(|event| {
+                let name = event.name();
+                let name = name.strip_prefix("kvm_").unwrap_or(name);
+                let name = name.strip_prefix("tdp_").unwrap_or(name);
+                name.strip_prefix("mmu_").unwrap_or(name)
+            })
+            .collect();
+        names.dedup();
+        same(names.join(" "), expected.join(" "))
+    }
+
+    /// One of the last action's tracepoints, to the letter.
+    fn check_event(&self, expected: &str) -> Outcome {
+        let texts: Vec<String> = self
+            .events
+            .iter()
+            .map(|event| format!("{}: {event}", event.name()))
+            .collect();
+        if texts.iter().any(|text| text == expected) {
+            return Ok(());
+        }
+        Err(format!("not among {texts:#?}"))
+    }
+
+    /// Level at which a shared frame is mapped.
+    fn check_level(&self, gfn: &str, expected: u64) -> Outcome {
+        let gpa = common::shared(self.vm(), hex(gfn)).gpa;
+        let walk = self.vm().walk(gpa, false).unwrap();
+        let last = walk.entries.last().filter(|_| walk.mapped);
+        same(
+            last.map(|entry| u64::from(entry.level.get())),
+            Some(expected),
+        )
     }
 
     /// Role word and references of each root, newest first.
@@ -460,4 +615,27 @@ fn name_of(error: &VmError) -> String {
         Some(fault) => format!("{name} flags {}", fault.flags),
         None => name.into(),
     }
+}
+
+fn pages_of(vm: &Vm) -> [u64; 3] {
+    let info = vm.info();
+    [info.pages_4k, info.pages_2m, info.pages_1g]
+}
+
+/// `ordinary-noquirk-pml`: an ordinary VM with other settings.
+fn ordinary(name: &str) -> VmConfig {
+    let mut config = VmConfig::default();
+    for word in name.split('-').skip(1) {
+        match word {
+            "noquirk" => config.slot_zap_all = false,
+            "pml" => config.pml = true,
+            "nx" => config.nx_huge_pages = true,
+            "lazy" => config.eager_page_split = false,
+            "manual" => config.dirty_log = DirtyLogMode::Manual,
+            "allset" => config.dirty_log = DirtyLogMode::ManualInitiallySet,
+            "5" => config.gpaw = Gpaw::W52,
+            _ => panic!("{word} is no setting"),
+        }
+    }
+    config
 }
