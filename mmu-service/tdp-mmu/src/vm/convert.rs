@@ -149,6 +149,18 @@ impl Vm {
         Ok((counts, freed))
     }
 
+    /// kvm_zap_gfn_range: every mapping of a range goes, shared and private, and comes back with
+    /// the next fault.
+    pub fn zap_gfn_range(&self, gpa: u64, size: u64) -> Result<Counts, VmError> {
+        let range = self.page_range(("gpa", "size"), gpa, size)?;
+        self.alive()?;
+        let mut seam = self.seam(0);
+        let ranges = std::slice::from_ref(&range);
+        let zapped = self.zap_ranges(&mut seam, ranges, Filter::BOTH, || {});
+        let counts = self.finish(seam);
+        zapped.map(|()| counts).map_err(Into::into)
+    }
+
     /// begin, unmap, flush once; `change` what is behind the ranges; end.
     pub(super) fn zap_ranges(
         &self,

@@ -329,8 +329,8 @@ impl<'a> Faulting<'a> {
                 vm.req_level(slot, gfn),
             ),
             None => {
-                let spte = vm.mmio_spte(gfn);
-                vm.note_mmio(self.vcpu, gfn);
+                let spte = vm.mmio_spte(gfn, resolved.generation);
+                self.vcpu.mmio.set(gfn, resolved.generation);
                 (Target::Mmio { spte }, Level::L4K)
             }
         };

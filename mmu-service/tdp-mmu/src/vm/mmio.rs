@@ -22,6 +22,7 @@ pub(crate) struct MmioCache {
 }
 
 impl MmioCache {
+    /// vcpu_cache_mmio_info.
     pub(super) fn set(&self, gfn: Gfn, generation: u32) {
         self.gfn.store(gfn.get(), Ordering::Relaxed);
         self.generation.store(generation.into(), Ordering::Relaxed);
@@ -47,14 +48,9 @@ pub(super) enum Mmio {
 }
 
 impl Vm {
-    /// make_mmio_spte, of the present generation of slots.
-    pub(super) fn mmio_spte(&self, gfn: Gfn) -> u64 {
-        spte::mmio(gfn.base().get(), self.slots.generation(), self.is_td())
-    }
-
-    /// kvm_handle_noslot_fault: an ordinary vCPU remembers the frame.
-    pub(super) fn note_mmio(&self, vcpu: &Vcpu, gfn: Gfn) {
-        vcpu.mmio.set(gfn, self.slots.generation());
+    /// make_mmio_spte.
+    pub(super) fn mmio_spte(&self, gfn: Gfn, generation: u32) -> u64 {
+        spte::mmio(gfn.base().get(), generation, self.is_td())
     }
 
     /// Asks the tables of shared memory, as the processor does before anybody else.
@@ -66,15 +62,15 @@ impl Vm {
         let Some(at) = found.filter(|at| at.level == Level::L4K && spte::is_mmio(at.spte)) else {
             return Mmio::Fault;
         };
+        let kvm_gen = self.slots.generation();
         if self.is_td() {
-            return match at.spte == self.mmio_spte(gfn) {
+            return match at.spte == self.mmio_spte(gfn, kvm_gen) {
                 true => Mmio::Raised,
                 // Model: the processor raises #VE for an old entry, too; the guest then asks the
                 // host to emulate, which finds the slot.
                 false => Mmio::Fault,
             };
         }
-        let kvm_gen = self.slots.generation();
         if vcpu.mmio.matches(gfn, kvm_gen) {
             return Mmio::Emulated;
         }

@@ -36,6 +36,9 @@ pub(super) struct Resolved {
     pub(super) slot: Option<Arc<Slot>>,
     /// mmu_invalidate_seq before the look-up.
     pub(super) seq: u64,
+    /// Generation of slots before the look-up: an MMIO entry must not be younger than the slots
+    /// that had nothing to say.
+    pub(super) generation: u32,
 }
 
 /// The answer without a walk.
@@ -78,6 +81,7 @@ impl Vm {
                 .into());
         }
         let seq = self.invalidation.seq();
+        let generation = self.slots.generation();
         let slot = self.slots.find(gfn);
         if self.is_private(slot.as_deref(), gfn) != wants_private {
             let reason = if wants_private {
@@ -100,6 +104,7 @@ impl Vm {
                 page: None,
                 slot: None,
                 seq,
+                generation,
             });
         };
         if slot.is_going() {
@@ -125,6 +130,7 @@ impl Vm {
             page: Some(page),
             slot: Some(slot),
             seq,
+            generation,
         })
     }
 

@@ -4,17 +4,19 @@ use tdx_defs::{Gfn, Gpaw, Leaf, Level, Pfn, Visibility};
 
 use super::fault::Roots;
 use super::faulting::Faulting;
+use super::mmio::Mmio;
 use super::resolve::Early;
 use super::wanted::Wanted;
 use super::*;
 use crate::bugs::Check;
 use crate::common::{self, Rig};
 use crate::error::errno;
+use crate::mmu::direct::{DirectFault, Installed, Target};
 use crate::mmu::mirror::{Begin, Depth};
 use crate::mmu::removal::ExternalOp;
 use crate::mmu::role::RootKind;
 use crate::mmu::roots::RootTypes;
-use crate::mmu::spte::{self, Access, LeafTraits};
+use crate::mmu::spte::{self, Access, DirectTraits, LeafTraits};
 
 const GFN: Gfn = Gfn::new(1);
 
@@ -318,4 +320,42 @@ fn c23_a_removed_table_is_not_reused_while_somebody_walks_it() {
         assert!(tables.iter().all(|step| step.slot.table != leaf.slot.table));
     }
     drop(walker);
+}
+
+#[test]
+fn an_mmio_entry_is_no_younger_than_the_slots_that_were_asked() {
+    let rig = Rig::new();
+    let vm = rig.ordinary(VmConfig::default());
+    vm.load_mmu(0).unwrap();
+    let Ok(resolved) = vm.resolve(&wanted(GFN, Visibility::Shared, false)) else {
+        panic!("no slot is no error");
+    };
+    // The slot comes after the look-up and before the entry.
+    vm.set_user_memory_region(common::user_slot(0, 0, 16))
+        .unwrap();
+    assert_ne!(resolved.generation, vm.slots.generation());
+    let vcpu = vm.vcpu(0).unwrap();
+    let roots = vm.enter(&vcpu, &mut lock(&vcpu.run)).unwrap();
+    let fault = DirectFault {
+        gfn: GFN,
+        access: Access {
+            write: false,
+            exec: false,
+        },
+        prefetch: false,
+        req_level: Level::L4K,
+        target: Target::Mmio {
+            spte: vm.mmio_spte(GFN, resolved.generation),
+        },
+        traits: DirectTraits {
+            ignore_pat: true,
+            nx_huge_pages: false,
+            write_tracked: false,
+        },
+    };
+    let mapped = vm.mmu.map_direct(roots.direct, &fault);
+    assert_eq!(mapped.installed, Installed::Mmio);
+    assert_eq!(vm.meet_mmio(&vcpu, roots.direct, GFN), Mmio::Fault);
+    let report = vm.handle_fault(0, common::shared(&vm, 1)).unwrap();
+    assert_eq!(report.ret_pf, RetPf::Fixed);
 }

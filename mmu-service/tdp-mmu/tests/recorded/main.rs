@@ -13,8 +13,9 @@ use std::collections::BTreeMap;
 
 use common::{Rig, platform_config, platform_of};
 use tdp_mmu::{
-    Event, Fault, Host, HostChange, HostPageSize, SlotSpec, Vm, VmConfig, VmError, VmKind,
+    Event, Fault, Host, HostChange, HostPageSize, Mode, SlotSpec, Vm, VmConfig, VmError, VmKind,
 };
+use tdx_defs::Gpaw;
 
 const RECORDINGS: [(&str, &str); 4] = [
     ("sample", include_str!("sample.txt")),
@@ -336,4 +337,40 @@ fn an_ordinary_vm_needs_no_module_and_gives_everything_back() {
     vm.destroy().unwrap();
     assert_eq!(rig.port.take_calls(), []);
     assert_eq!(rig.host.pages_in_use(), 0);
+}
+
+#[test]
+fn a_private_fault_prints_what_a_td_host_prints() {
+    for mode in [Mode::Kernel, Mode::Batched] {
+        let rig = Rig::new();
+        let vm = rig.empty(mode, Gpaw::W48);
+        vm.trace(64);
+        vm.handle_fault(0, common::private(1)).unwrap();
+        let walk = vm.walk(0x1000, false).unwrap();
+        let entries: Vec<u64> = walk.entries.iter().map(|entry| entry.spte).collect();
+        let [l3, l2, l1, leaf] = entries[..] else {
+            panic!("{entries:x?}");
+        };
+        let (pfn, table) = (walk.entries[3].hpa >> 12, walk.entries[2].hpa);
+        let expected = format!(
+            "kvm_page_fault: vcpu 0 rip 0x0 address 0x0000000000001000 error_code 0x2
+kvm_mmu_spte_requested: gfn 1 pfn {pfn:x} level 1
+kvm_mmu_get_page: sp gen 0 gfn 0 l3 8-byte q0 direct wux nxe ad root 0 sync new
+kvm_tdp_mmu_spte_changed: as id 0 gfn 0 level 4 old_spte 8000000000000000 new_spte {l3:x}
+kvm_mmu_get_page: sp gen 0 gfn 0 l2 8-byte q0 direct wux nxe ad root 0 sync new
+kvm_tdp_mmu_spte_changed: as id 0 gfn 0 level 3 old_spte 8000000000000000 new_spte {l2:x}
+kvm_mmu_get_page: sp gen 0 gfn 0 l1 8-byte q0 direct wux nxe ad root 0 sync new
+kvm_tdp_mmu_spte_changed: as id 0 gfn 0 level 2 old_spte 8000000000000000 new_spte {l1:x}
+kvm_tdp_mmu_spte_changed: as id 0 gfn 1 level 1 old_spte 8000000000000000 new_spte {leaf:x}
+kvm_mmu_set_spte: gfn 1 spte {leaf:x} (rwxu) level 1 at {:x}",
+            table + 8
+        );
+        let (events, _) = vm.take_events();
+        let found: Vec<String> = events
+            .iter()
+            .map(|event| format!("{}: {event}", event.name()))
+            .collect();
+        assert_eq!(found.join("\n"), expected, "{mode:?}");
+        assert_eq!(leaf & 0xFFF, 0xB37);
+    }
 }
