@@ -16,6 +16,7 @@ use std::sync::Arc;
 use tdx_defs::{Level, Pfn};
 
 use crate::host::{BLOCK_PAGES, GIGA_PAGES, Host};
+use crate::sync::atomic::{AtomicU8, Ordering};
 use crate::sync::{Mutex, lock};
 
 /// Page size that the host uses for user memory where alignment allows it.
@@ -119,6 +120,8 @@ struct State {
 pub(crate) struct UserMemory {
     host: Arc<Host>,
     range: Range<u64>,
+    /// Level of the largest pages that any part was ever mapped with: most slots need no look.
+    largest: AtomicU8,
     state: Mutex<State>,
 }
 
@@ -139,6 +142,7 @@ impl UserMemory {
         let range = first..first + pages;
         Self {
             host,
+            largest: AtomicU8::new(size.level().get()),
             state: Mutex::new(State {
                 attrs: BTreeMap::from([(range.start, (range.end, attr))]),
                 blocks: BTreeMap::new(),
@@ -190,6 +194,11 @@ impl UserMemory {
         Ok(())
     }
 
+    /// No page is mapped at a higher level.
+    pub(crate) fn largest(&self) -> Level {
+        Level::new(self.largest.load(Ordering::Acquire)).unwrap_or(Level::L1G)
+    }
+
     /// host_pfn_mapping_level: the level at which the host maps the page.
     pub(crate) fn level(&self, offset: u64) -> Level {
         let page = self.range.start + offset;
@@ -237,6 +246,9 @@ impl UserMemory {
             return;
         }
         let mut state = lock(&self.state);
+        if let HostChange::PageSize(size) = change {
+            self.largest.fetch_max(size.level().get(), Ordering::AcqRel);
+        }
         let set = |attr: &mut Attr| match change {
             HostChange::Drop => {}
             HostChange::DropToZero => attr.zero = true,

@@ -329,6 +329,7 @@ impl Unit<'_> {
         }
         self.settle_chain(links);
         let mut none = Vec::new();
+        let traced = mmu.tracer.is_on();
         for leaf in &self.leaves[..leaves] {
             let change = (spte::NP, leaf.spte);
             mmu.handle_changed(
@@ -339,7 +340,7 @@ impl Unit<'_> {
                 true,
                 &mut none,
             );
-            if let Some(table) = self.leaf_table {
+            if let Some(table) = self.leaf_table.filter(|_| traced) {
                 mmu.tracer.emit(|| Event::SetSpte {
                     gfn: leaf.gfn,
                     spte: leaf.spte,

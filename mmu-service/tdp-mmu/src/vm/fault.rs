@@ -8,7 +8,7 @@ use tdx_defs::{Gfn, Pfn, Visibility};
 
 use super::faulting::Faulting;
 use super::vcpu::{Run, Vcpu};
-use super::wanted::Ended;
+use super::wanted::Mapping;
 use super::{Fault, FaultOutcome, FaultReport, FaultsReport, RetPf, Vm};
 use crate::error::VmError;
 use crate::mmu::arena::TableId;
@@ -24,7 +24,8 @@ impl Vm {
         let vcpu = self.vcpu(vcpu_id)?;
         let mut run = lock(&vcpu.run);
         let roots = self.enter(&vcpu, &mut run)?;
-        let wanted = self.wanted(vcpu_id, 0, fault)?;
+        let wanted = self.wanted(0, fault)?;
+        self.trace_fault(vcpu_id, fault, &wanted);
         let root = match wanted.visibility {
             Visibility::Private => RootKind::Mirror,
             Visibility::Shared => RootKind::Direct,
@@ -34,21 +35,22 @@ impl Vm {
         faulting.finish();
         let ended = faulting.ended.pop();
         let mut seam = leave(&mut run, faulting);
-        let Some(Ended {
-            result, pfn, level, ..
-        }) = ended
-        else {
+        let Some(ended) = ended else {
             // Every pushed access ends in finish().
             return Err(VmError::Dead {
                 reason: "the fault was lost".into(),
             });
         };
-        let ret_pf = result?;
+        let level = ended.level();
+        let ret_pf = ended.result?;
         Ok(FaultReport {
             ret_pf,
             root,
             level: matches!(ret_pf, RetPf::Fixed | RetPf::Spurious).then_some(level),
-            pfn: pfn.or_else(|| self.mapped_pfn(roots, wanted.gfn, root)),
+            pfn: ended
+                .at
+                .map(Mapping::pfn)
+                .or_else(|| self.mapped_pfn(roots, wanted.gfn, root)),
             seamcalls: seam.take_trace(),
             counts: seam.counts,
         })
@@ -62,8 +64,11 @@ impl Vm {
         let mut report = FaultsReport::default();
         let mut faulting = Faulting::new(self, &vcpu, roots, self.seam(vcpu.lp));
         for (index, &fault) in faults.iter().enumerate() {
-            match self.wanted(vcpu_id, index, fault) {
-                Ok(wanted) => faulting.push(wanted),
+            match self.wanted(index, fault) {
+                Ok(wanted) => {
+                    self.trace_fault(vcpu_id, fault, &wanted);
+                    faulting.push(wanted);
+                }
                 Err(error) => report.add(index, Err(error)),
             }
         }

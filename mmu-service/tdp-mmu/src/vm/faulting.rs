@@ -14,13 +14,13 @@
 
 use std::collections::VecDeque;
 
-use tdx_defs::{CompletionStatus, Gfn, Leaf, Level, Pfn, Visibility};
+use tdx_defs::{CompletionStatus, Gfn, Leaf, Level, Visibility};
 
 use super::fault::Roots;
 use super::mmio::Mmio;
 use super::resolve::{Early, Page, Resolved};
 use super::vcpu::Vcpu;
-use super::wanted::{Ended, Wanted};
+use super::wanted::{Ended, Mapping, Wanted};
 use super::{Mode, RetPf, Vm, spans};
 use crate::error::VmError;
 use crate::memory::slots::Slot;
@@ -53,7 +53,7 @@ const MAX_OPS: usize = 4096;
 
 /// What one pass over a fault came to.
 enum Pass {
-    Ended(Result<RetPf, VmError>, Option<(Pfn, Level)>),
+    Ended(Result<RetPf, VmError>, Option<Mapping>),
     /// Emulated without a look at the tables (or #VE in the guest): nothing to count.
     Uncounted,
     /// Its entry is held; the module's answer ends it.
@@ -173,21 +173,19 @@ impl<'a> Faulting<'a> {
         self.held = None;
     }
 
-    fn end(&mut self, wanted: Wanted, result: Result<RetPf, VmError>, at: Option<(Pfn, Level)>) {
+    fn end(&mut self, wanted: Wanted, result: Result<RetPf, VmError>, at: Option<Mapping>) {
+        let mut result = result;
         let counts = &mut self.seam.counts;
         if !wanted.prefetch {
             match &result {
                 Ok(RetPf::Fixed) => counts.pf_fixed += 1,
                 Ok(RetPf::Spurious) => counts.pf_spurious += 1,
                 Ok(RetPf::Emulate) => counts.pf_emulate += 1,
+                // kvm_mmu_write_protect_fault: what somebody tracks is emulated.
+                Ok(RetPf::WriteProtected) => result = Ok(RetPf::Emulate),
                 _ => {}
             }
         }
-        let result = match result {
-            // kvm_mmu_write_protect_fault: what somebody tracks is emulated.
-            Ok(RetPf::WriteProtected) if !wanted.prefetch => Ok(RetPf::Emulate),
-            result => result,
-        };
         self.ended.push(ended(&wanted, result, at));
     }
 
@@ -284,7 +282,10 @@ impl<'a> Faulting<'a> {
         self.seam.counts.pf_fast += 1;
         let inside = wanted.gfn.get() % step.level.pages();
         let page = spte::pfn(step.spte).offset(inside);
-        Some(Pass::Ended(Ok(ret_pf), Some((page, step.level))))
+        Some(Pass::Ended(
+            Ok(ret_pf),
+            Some(Mapping::new(page, step.level)),
+        ))
     }
 
     fn trace_fast(&self, wanted: &Wanted, fast: &Fast) {
@@ -295,9 +296,10 @@ impl<'a> Faulting<'a> {
                 Fast::Invalid(step) => (step, false, false),
             };
             let old_spte = step.map_or(0, |step| step.spte);
+            let direct_bits = Gfn::new(self.vm.mmu.layout.direct_bits()).base().get();
             Event::FastPageFault {
                 vcpu: self.vcpu.id,
-                gva: wanted.gpa,
+                gva: wanted.gfn.base().get() | direct_bits | u64::from(wanted.offset),
                 error_code: wanted.error_code(),
                 sptep: step.map_or(0, |step| step.slot.hpa()),
                 old_spte,
@@ -354,7 +356,7 @@ impl<'a> Faulting<'a> {
             // A leaf that is writable from the start never faults for the log.
             slot.log.mark(slot.offset(gfn));
         }
-        let at = behind.map(|(page, _)| (page.pfn, mapped.level));
+        let at = behind.map(|(page, _)| Mapping::new(page.pfn, mapped.level));
         let ret_pf = match mapped.installed {
             Installed::NoMemory => return Pass::Ended(Err(out_of_memory(&vm.host)), None),
             Installed::Retry => return Pass::Wait,
@@ -398,7 +400,7 @@ impl<'a> Faulting<'a> {
 
     fn hit(&mut self, spte: u64) -> Pass {
         self.seam.counts.mirror_hits += 1;
-        Pass::Ended(Ok(RetPf::Spurious), Some((spte::pfn(spte), Level::L4K)))
+        Pass::Ended(Ok(RetPf::Spurious), Some(Mapping::small(spte)))
     }
 
     /// kvm_tdp_mmu_map as the kernel runs it: one entry, one call, one after the other.
@@ -410,7 +412,7 @@ impl<'a> Faulting<'a> {
                 Begin::Held(unit) => unit,
                 Begin::Mapped { spte } if !called => return self.hit(spte),
                 Begin::Mapped { spte } => {
-                    return Pass::Ended(Ok(RetPf::Spurious), Some((spte::pfn(spte), Level::L4K)));
+                    return Pass::Ended(Ok(RetPf::Spurious), Some(Mapping::small(spte)));
                 }
                 Begin::Frozen | Begin::Lost => return Pass::Wait,
                 Begin::NoMemory => return self.no_memory(tries),
@@ -426,7 +428,7 @@ impl<'a> Faulting<'a> {
                 }
                 Ok(_) if is_leaf => {
                     self.seam.counts.pages_mapped += 1;
-                    return Pass::Ended(Ok(RetPf::Fixed), Some((spte::pfn(leaf), Level::L4K)));
+                    return Pass::Ended(Ok(RetPf::Fixed), Some(Mapping::small(leaf)));
                 }
                 Ok(_) => {}
             }
@@ -560,12 +562,12 @@ impl<'a> Faulting<'a> {
     }
 }
 
-fn ended(wanted: &Wanted, result: Result<RetPf, VmError>, at: Option<(Pfn, Level)>) -> Ended {
+#[inline]
+fn ended(wanted: &Wanted, result: Result<RetPf, VmError>, at: Option<Mapping>) -> Ended {
     Ended {
         index: wanted.index,
         gfn: wanted.gfn,
         result,
-        pfn: at.map(|(page, _)| page),
-        level: at.map_or(Level::L4K, |(_, level)| level),
+        at,
     }
 }

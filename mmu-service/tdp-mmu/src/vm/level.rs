@@ -65,7 +65,7 @@ impl Vm {
 
     /// kvm_mmu_max_mapping_level of shared memory.
     pub(super) fn max_mapping_level(&self, slot: &Slot, gfn: Gfn) -> Level {
-        let mut level = MAX_LEAF_LEVEL;
+        let mut level = MAX_LEAF_LEVEL.min(slot.user.largest());
         while let Some(child) = level.child() {
             let forbidden = slot.forbids(gfn, level)
                 || self.tracked.any_of(gfn, level)

@@ -9,7 +9,7 @@ use std::ops::Range;
 use tdx_defs::{Gfn, PAGE_SHIFT, PAGE_SIZE, Visibility};
 
 use super::faulting::Faulting;
-use super::wanted::Wanted;
+use super::wanted::{GuestWalk, Wanted};
 use super::{RetPf, Vm};
 use crate::counts::Counts;
 use crate::error::VmError;
@@ -49,7 +49,7 @@ impl Vm {
             // A fault on shared memory has ended by now: a huge page is done up to its end.
             let next = match faulting.ended.last() {
                 Some(ended) if ended.index == index => {
-                    Gfn::new(gfn).align_down(ended.level.pages()).get() + ended.level.pages()
+                    Gfn::new(gfn).align_down(ended.level().pages()).get() + ended.level().pages()
                 }
                 _ => gfn + 1,
             };
@@ -87,13 +87,13 @@ impl Vm {
         };
         Wanted {
             index,
-            gpa: gfn.base().get(),
             gfn,
             visibility,
             access,
             present: false,
             prefetch: true,
-            guest_walk: None,
+            guest_walk: GuestWalk::Unknown,
+            offset: 0,
         }
     }
 
@@ -140,9 +140,9 @@ struct Done {
 impl Done {
     fn collect(&mut self, faulting: &mut Faulting<'_>, range: Range<u64>) {
         for ended in faulting.ended.drain(..) {
+            let pages = ended.level().pages();
             let error = match ended.result {
                 Ok(RetPf::Fixed | RetPf::Spurious | RetPf::WriteProtected) => {
-                    let pages = ended.level.pages();
                     let end = ended.gfn.align_down(pages).get() + pages;
                     self.pages += end.min(range.end) - ended.gfn.get();
                     continue;

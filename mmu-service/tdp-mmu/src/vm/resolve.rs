@@ -81,7 +81,10 @@ impl Vm {
                 .into());
         }
         let seq = self.invalidation.seq();
-        let generation = self.slots.generation();
+        let generation = match visibility {
+            Visibility::Private => 0,
+            Visibility::Shared => self.slots.generation(),
+        };
         let slot = self.slots.find(gfn);
         if self.is_private(slot.as_deref(), gfn) != wants_private {
             let reason = if wants_private {

@@ -6,7 +6,7 @@ use super::fault::Roots;
 use super::faulting::Faulting;
 use super::mmio::Mmio;
 use super::resolve::Early;
-use super::wanted::Wanted;
+use super::wanted::{GuestWalk, Wanted};
 use super::*;
 use crate::bugs::Check;
 use crate::common::{self, Rig};
@@ -50,13 +50,13 @@ fn wanted(gfn: Gfn, visibility: Visibility, prefetch: bool) -> Wanted {
     };
     Wanted {
         index: 0,
-        gpa: gfn.base().get(),
         gfn,
         visibility,
         access,
         present: false,
         prefetch,
-        guest_walk: None,
+        guest_walk: GuestWalk::Unknown,
+        offset: 0,
     }
 }
 

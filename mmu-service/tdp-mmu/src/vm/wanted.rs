@@ -3,12 +3,14 @@
 //! Source: arch/x86/kvm/vmx/tdx.c, `tdx_handle_ept_violation()`; arch/x86/kvm/mmu/mmu_internal.h,
 //! `struct kvm_page_fault`.
 
-use tdx_defs::{Gfn, Gpa, Level, Pfn, Visibility};
+use std::num::NonZeroU64;
+
+use tdx_defs::{Gfn, Gpa, Level, PAGE_SIZE, Pfn, Visibility};
 
 use super::{Fault, RetPf, Vm};
 use crate::bugs::Check;
 use crate::error::VmError;
-use crate::mmu::spte::Access;
+use crate::mmu::spte::{self, Access};
 use crate::trace::{Event, error_code};
 
 /// Exit qualification: the access was a write.
@@ -27,8 +29,6 @@ const GVA_TRANSLATED: u64 = 1 << 8;
 pub(super) struct Wanted {
     /// Its place in the caller's list.
     pub(super) index: usize,
-    /// As the guest issued it.
-    pub(super) gpa: u64,
     pub(super) gfn: Gfn,
     pub(super) visibility: Visibility,
     pub(super) access: Access,
@@ -36,13 +36,16 @@ pub(super) struct Wanted {
     pub(super) present: bool,
     /// Ahead of any access: KVM_PRE_FAULT_MEMORY.
     pub(super) prefetch: bool,
-    /// Whether bits 7 and 8 said that the address is the end of a guest walk, or inside it.
-    pub(super) guest_walk: Option<GuestWalk>,
+    /// Where in the guest's own walk the access was.
+    pub(super) guest_walk: GuestWalk,
+    /// Bytes into the page.
+    pub(super) offset: u16,
 }
 
-/// Where in the guest's own walk an access was.
+/// Where in the guest's own walk an access was, if the processor said so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum GuestWalk {
+    Unknown,
     Inside,
     Final,
 }
@@ -56,14 +59,8 @@ impl Wanted {
             (self.access.write, error_code::WRITE),
             (!self.access.write && !self.access.exec, error_code::USER),
             (self.access.exec, error_code::FETCH),
-            (
-                self.guest_walk == Some(GuestWalk::Final),
-                error_code::GUEST_FINAL,
-            ),
-            (
-                self.guest_walk == Some(GuestWalk::Inside),
-                error_code::GUEST_PAGE,
-            ),
+            (self.guest_walk == GuestWalk::Final, error_code::GUEST_FINAL),
+            (self.guest_walk == GuestWalk::Inside, error_code::GUEST_PAGE),
         ] {
             code |= if set { bit } else { 0 };
         }
@@ -77,21 +74,46 @@ pub(super) struct Ended {
     pub(super) index: usize,
     pub(super) gfn: Gfn,
     pub(super) result: Result<RetPf, VmError>,
-    /// The page of the frame, if it is known.
-    pub(super) pfn: Option<Pfn>,
-    /// Level of its mapping.
-    pub(super) level: Level,
+    /// How the frame is mapped, if that is known.
+    pub(super) at: Option<Mapping>,
+}
+
+impl Ended {
+    /// Level of the mapping.
+    pub(super) fn level(&self) -> Level {
+        self.at.map_or(Level::L4K, Mapping::level)
+    }
+}
+
+/// Page and level of a mapping in one word, because batches keep one for each fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mapping(NonZeroU64);
+
+impl Mapping {
+    pub(super) fn new(page: Pfn, level: Level) -> Self {
+        // A level is never zero.
+        let word = page.get() << 3 | u64::from(level.get());
+        Self(NonZeroU64::new(word).unwrap_or(NonZeroU64::MIN))
+    }
+
+    /// Of a 4 KiB leaf.
+    pub(super) fn small(leaf: u64) -> Self {
+        Self::new(spte::pfn(leaf), Level::L4K)
+    }
+
+    /// The page of the faulting frame.
+    pub(super) fn pfn(self) -> Pfn {
+        Pfn::new(self.0.get() >> 3)
+    }
+
+    fn level(self) -> Level {
+        Level::new((self.0.get() & 7) as u8).unwrap_or(Level::L4K)
+    }
 }
 
 impl Vm {
-    /// What a fault asks for. A TD that fetches from shared memory has a bug that ends it (B34).
-    pub(super) fn wanted(
-        &self,
-        vcpu_id: u32,
-        index: usize,
-        fault: Fault,
-    ) -> Result<Wanted, VmError> {
-        let wanted = self.understand(index, fault)?;
+    /// The tracepoint kvm_page_fault.
+    pub(super) fn trace_fault(&self, vcpu_id: u32, fault: Fault, wanted: &Wanted) {
         self.mmu.tracer.emit(|| Event::PageFault {
             vcpu: vcpu_id,
             // Protected guests do not show it; ordinary ones are not asked.
@@ -102,10 +124,10 @@ impl Vm {
                 Visibility::Shared => fault.qualification,
             },
         });
-        Ok(wanted)
     }
 
-    fn understand(&self, index: usize, fault: Fault) -> Result<Wanted, VmError> {
+    /// What a fault asks for. A TD that fetches from shared memory has a bug that ends it (B34).
+    pub(super) fn wanted(&self, index: usize, fault: Fault) -> Result<Wanted, VmError> {
         let layout = self.mmu.layout;
         if fault.gpa >> layout.width() != 0 {
             return Err(VmError::invalid(
@@ -120,7 +142,6 @@ impl Vm {
         let (gfn, visibility) = layout.split(Gpa::new(fault.gpa));
         let wanted = Wanted {
             index,
-            gpa: fault.gpa,
             gfn,
             visibility,
             access: Access {
@@ -129,7 +150,8 @@ impl Vm {
             },
             present: false,
             prefetch: false,
-            guest_walk: None,
+            guest_walk: GuestWalk::Unknown,
+            offset: (fault.gpa & (PAGE_SIZE - 1)) as u16,
         };
         if visibility == Visibility::Private {
             // The real qualification is replaced by "write".
@@ -147,9 +169,9 @@ impl Vm {
             exec,
         };
         let guest_walk = match fault.qualification {
-            bits if bits & GVA_VALID == 0 => None,
-            bits if bits & GVA_TRANSLATED == 0 => Some(GuestWalk::Inside),
-            _ => Some(GuestWalk::Final),
+            bits if bits & GVA_VALID == 0 => GuestWalk::Unknown,
+            bits if bits & GVA_TRANSLATED == 0 => GuestWalk::Inside,
+            _ => GuestWalk::Final,
         };
         Ok(Wanted {
             access,
