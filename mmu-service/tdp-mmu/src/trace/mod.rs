@@ -38,7 +38,7 @@ impl Tracer {
     #[inline]
     pub(crate) fn emit(&self, event: impl FnOnce() -> Event) {
         if self.enabled.load(Ordering::Relaxed) {
-            self.record(event());
+            self.record(event);
         }
     }
 
@@ -47,8 +47,11 @@ impl Tracer {
         self.enabled.load(Ordering::Relaxed)
     }
 
+    /// Out of line, so that what nobody watches costs its caller no registers.
     #[cold]
-    fn record(&self, event: Event) {
+    #[inline(never)]
+    fn record(&self, event: impl FnOnce() -> Event) {
+        let event = event();
         let mut ring = self.ring();
         // As in ftrace's ring, the oldest goes.
         if ring.events.len() >= ring.limit {

@@ -190,9 +190,9 @@ impl<'a> Faulting<'a> {
     }
 
     /// What the processor and the MMIO entries decide before the fault is one.
+    #[inline(never)]
     fn is_mmio(&self, wanted: &Wanted) -> bool {
-        wanted.visibility == Visibility::Shared
-            && !wanted.prefetch
+        !wanted.prefetch
             && self.vm.meet_mmio(self.vcpu, self.roots.direct, wanted.gfn) != Mmio::Fault
     }
 
@@ -205,7 +205,8 @@ impl<'a> Faulting<'a> {
             self.let_the_writer_in();
         }
         // A fault that starts over has left the processor's part behind.
-        if tries == 0 && self.is_mmio(&wanted) {
+        let is_shared = wanted.visibility == Visibility::Shared;
+        if is_shared && tries == 0 && self.is_mmio(&wanted) {
             return Pass::Uncounted;
         }
         if !wanted.prefetch {
@@ -214,7 +215,10 @@ impl<'a> Faulting<'a> {
         if wanted.present && wanted.access.write && self.vm.tracked.contains(wanted.gfn) {
             return Pass::Ended(Ok(RetPf::WriteProtected), None);
         }
-        if let Some(installed) = self.fast(&wanted) {
+        if is_shared
+            && wanted.present
+            && let Some(installed) = self.fast(&wanted)
+        {
             return installed;
         }
         let resolved = match self.vm.resolve(&wanted) {
@@ -246,12 +250,9 @@ impl<'a> Faulting<'a> {
     }
 
     /// page_fault_can_be_fast, fast_page_fault: present write faults of shared memory only.
+    #[inline(never)]
     fn fast(&mut self, wanted: &Wanted) -> Option<Pass> {
-        let eligible = wanted.visibility == Visibility::Shared
-            && wanted.present
-            && wanted.access.write
-            && !wanted.prefetch;
-        if !eligible {
+        if !wanted.access.write || wanted.prefetch {
             return None;
         }
         let slot = self.vm.slots.find(wanted.gfn);
@@ -312,12 +313,14 @@ impl<'a> Faulting<'a> {
 
     /// The host copies the page before the guest may write it, which takes it away from the guest
     /// first. The guest faults again, with another qualification.
+    #[cold]
     fn copy_on_write(&mut self, slot: &Slot, gfn: Gfn) -> Pass {
         self.let_the_writer_in();
         let copied = self.vm.copy_on_write(&mut self.seam, slot, gfn);
         Pass::Ended(copied.map(|()| RetPf::Retry), None)
     }
 
+    #[inline(never)]
     fn map_shared(&mut self, wanted: &Wanted, resolved: &Resolved) -> Pass {
         let Wanted { gfn, .. } = *wanted;
         let vm = self.vm;

@@ -32,7 +32,7 @@ pub(super) struct Page {
 pub(super) struct Resolved {
     /// None: no slot, MMIO.
     pub(super) page: Option<Page>,
-    /// The slot that covers it.
+    /// The slot that covers it, for shared memory.
     pub(super) slot: Option<Arc<Slot>>,
     /// mmu_invalidate_seq before the look-up.
     pub(super) seq: u64,
@@ -131,7 +131,7 @@ impl Vm {
         }
         Ok(Resolved {
             page: Some(page),
-            slot: Some(slot),
+            slot: (!wants_private).then_some(slot),
             seq,
             generation,
         })
@@ -154,6 +154,7 @@ impl Vm {
     }
 
     /// __kvm_faultin_pfn: what the host maps at the slot's user address.
+    #[inline(never)]
     fn user_page(&self, slot: &Arc<Slot>, gfn: Gfn, write: bool) -> Result<Page, Early> {
         match slot.user.get(slot.offset(gfn), write) {
             Ok(page) => Ok(Page {
