@@ -91,6 +91,7 @@ pub(crate) fn slot_from_wire(slot: wire::Slot) -> Result<SlotSpec, InvalidField>
         userspace_addr: slot.userspace_addr,
         guest_memfd: slot.guest_memfd,
         read_only: slot.read_only,
+        ..SlotSpec::default()
     })
 }
 

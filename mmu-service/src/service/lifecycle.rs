@@ -126,6 +126,7 @@ fn vm_config(request: &wire::CreateVmRequest) -> Result<VmConfig, InvalidField> 
             request.xfam
         },
         max_vcpus,
+        ..VmConfig::default()
     })
 }
 

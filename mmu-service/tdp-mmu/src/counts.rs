@@ -79,9 +79,9 @@ counts! {
     flushes,
     /// Private faults that the mirror answered without the module.
     mirror_hits,
-    /// 4 KiB leaves installed, both roots.
+    /// Leaves installed, both roots.
     pages_mapped,
-    /// 4 KiB leaves removed, both roots.
+    /// Leaves removed by zaps of ranges, both roots.
     pages_zapped,
     /// Passes through the fault handler, local retries included.
     pf_taken,

@@ -141,6 +141,12 @@ pub enum VmError {
     /// The prefault of a page ended in emulation: no slot covers it.
     #[error("gpa: no memory slot covers {0}")]
     NoMemory(Gpa),
+    /// The host does not map the user memory behind the address, or not for this access.
+    #[error("gpa: the host's mapping behind {0} does not allow the access")]
+    HostFault(Gpa),
+    /// The slot has no dirty log.
+    #[error("slot_id: memory slot {0} has no dirty log")]
+    NoDirtyLog(u32),
     /// The slot under the address is being deleted.
     #[error("the memory slot under {0} is being deleted")]
     SlotGoing(Gpa),
@@ -165,7 +171,10 @@ impl VmError {
             | Self::VcpuNotInitialized { .. }
             | Self::VcpuInitialized(_) => errno::EINVAL,
             Self::NotYet { .. } => errno::EOPNOTSUPP,
-            Self::NoVcpu(_) | Self::NoSlot(_) | Self::NoMemory(_) => errno::ENOENT,
+            Self::NoVcpu(_) | Self::NoSlot(_) | Self::NoMemory(_) | Self::NoDirtyLog(_) => {
+                errno::ENOENT
+            }
+            Self::HostFault(_) => errno::EFAULT,
             Self::SlotOverlaps(_) => errno::EEXIST,
             Self::Dead { .. } | Self::NoTd { .. } | Self::AlreadyMapped(_) | Self::Seam(_) => {
                 errno::EIO
@@ -192,9 +201,9 @@ impl VmError {
             Self::NoVcpu(_) | Self::VcpuNotInitialized { .. } | Self::VcpuInitialized(_) => {
                 Some("vcpu_id")
             }
-            Self::NoSlot(_) => Some("slot_id"),
+            Self::NoSlot(_) | Self::NoDirtyLog(_) => Some("slot_id"),
             Self::SlotOverlaps(_) => Some("slot"),
-            Self::AlreadyMapped(_) | Self::NoMemory(_) => Some("gpa"),
+            Self::AlreadyMapped(_) | Self::NoMemory(_) | Self::HostFault(_) => Some("gpa"),
             _ => None,
         }
     }
@@ -226,7 +235,9 @@ impl VmError {
             | Self::VcpuInitialized(_)
             | Self::NoTd { .. }
             | Self::NotYet { .. }
-            | Self::Dead { .. } => ErrorKind::FailedPrecondition,
+            | Self::Dead { .. }
+            | Self::HostFault(_)
+            | Self::NoDirtyLog(_) => ErrorKind::FailedPrecondition,
             Self::MemoryFault { .. } => ErrorKind::MemoryFault,
             Self::Exhausted { .. } => ErrorKind::ResourceExhausted,
             Self::Refused {

@@ -1,6 +1,7 @@
 //! KVM's TDP MMU with a direct and a mirror root, and KVM's TDX layer over it.
 //!
-//! A [`Vm`] is a TDX guest seen from the host. Its direct root maps shared memory; its mirror
+//! A [`Vm`] is a TDX guest seen from the host, or an ordinary guest, which has the direct root
+//! only. A TD's direct root maps shared memory; its mirror
 //! root has the shape of the private tables that the TDX module owns, so that most questions
 //! about private memory are answered here, and only real changes go through a [`SeamPort`].
 //!
@@ -24,6 +25,7 @@ mod mmu;
 mod seam;
 mod sync;
 mod tdx;
+mod trace;
 mod vm;
 
 pub use bugs::{Bugs, Check};
@@ -32,11 +34,14 @@ pub use error::{ErrorKind, MemoryFault, VmError, errno};
 pub use guest::{Entry, GuestOp, GuestPort, GuestStep, MAX_GUEST_ACCESS, Resumed};
 pub use host::{Host, HostError, MemoryRange, Platform};
 pub use memory::slots::{MAX_SLOT_PAGES, MAX_SLOTS, SlotSpec};
+pub use memory::user::{HostChange, HostPageSize};
+pub use mmu::layout::VmKind;
 pub use mmu::role::RootKind;
 pub use mmu::spte::SpteKind;
 pub use seam::{Batch, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
+pub use trace::{Event, MAX_EVENTS, PageText, error_code};
 pub use vm::{
-    AuditReport, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure, Mismatch,
-    Mode, RetPf, RootInfo, RunExit, RunReport, RunRequest, Stats, TreeEntry, Vm, VmConfig, VmInfo,
-    Walk, WalkEntry,
+    AuditReport, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure,
+    Mismatch, Mode, RetPf, RootInfo, RunExit, RunReport, RunRequest, Stats, TreeEntry, Vm,
+    VmConfig, VmInfo, Walk, WalkEntry,
 };

@@ -5,7 +5,9 @@ mod common;
 use common::guest::Guest;
 use common::state::check_invariants;
 use common::{Rig, shared_bit};
-use tdp_mmu::{GuestOp, GuestStep, Mode, Resumed, RunExit, RunReport, RunRequest, Vm, errno};
+use tdp_mmu::{
+    GuestOp, GuestStep, Mode, Resumed, RunExit, RunReport, RunRequest, Vm, VmConfig, errno,
+};
 use tdx_defs::{Gpa, Gpaw, Gpr, Gprs, GuestLeaf, Leaf, TdAttributes, TdxLevel};
 use tdx_module::Violations;
 
@@ -173,7 +175,10 @@ fn p15_a_page_that_is_not_accepted_ends_the_vm_only_when_ve_is_disabled() {
         } else {
             TdAttributes::empty()
         };
-        let vm = rig.empty_with(Mode::Batched, Gpaw::W48, attributes);
+        let vm = rig.empty_with(VmConfig {
+            attributes,
+            ..VmConfig::default()
+        });
         let mut guest = Guest::new(&rig.module);
         let report = go(&vm, &mut guest, vec![read(0x1000, 8)]);
         if disabled {

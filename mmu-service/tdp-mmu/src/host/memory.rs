@@ -2,7 +2,8 @@
 //!
 //! Pages come singly (control structures, tables) or as naturally aligned 2 MiB blocks (guest
 //! memory), so that neighbouring guest frames get neighbouring host frames and a run of them can
-//! travel as one call. Nothing is stored behind a page here.
+//! travel as one call. User memory can also have naturally aligned 1 GiB pages. Nothing is stored
+//! behind a page here.
 //!
 //! Model: a host with buddy allocation gives no such promise; the runs it would find are what
 //! its allocator happens to give.
@@ -13,6 +14,8 @@ use tdx_defs::{PAGE_SHIFT, Pfn};
 
 /// Pages of a block.
 pub(crate) const BLOCK_PAGES: u64 = 512;
+/// Pages of a 1 GiB page.
+pub(crate) const GIGA_PAGES: u64 = 512 * 512;
 
 pub(crate) struct HostMemory {
     state: Mutex<State>,
@@ -21,6 +24,8 @@ pub(crate) struct HostMemory {
 struct State {
     /// Blocks never handed out: `[next, end)` in frames, block aligned, last range first.
     fresh: Vec<(u64, u64)>,
+    /// 1 GiB pages given back.
+    gigas: Vec<u64>,
     /// Blocks given back.
     blocks: Vec<u64>,
     /// Single pages: what is left of split blocks, and pages given back.
@@ -34,6 +39,7 @@ impl HostMemory {
         fresh.reverse();
         let state = State {
             fresh,
+            gigas: Vec::new(),
             blocks: Vec::new(),
             pages: Vec::new(),
             in_use: 0,
@@ -90,6 +96,20 @@ impl HostMemory {
         state.in_use -= BLOCK_PAGES;
     }
 
+    /// A naturally aligned 1 GiB page.
+    pub(crate) fn giga(&self) -> Option<Pfn> {
+        let mut state = lock(&self.state);
+        let giga = state.take_giga()?;
+        state.in_use += GIGA_PAGES;
+        Some(Pfn::new(giga))
+    }
+
+    pub(crate) fn free_giga(&self, giga: Pfn) {
+        let mut state = lock(&self.state);
+        state.gigas.push(giga.get());
+        state.in_use -= GIGA_PAGES;
+    }
+
     pub(crate) fn in_use(&self) -> u64 {
         lock(&self.state).in_use
     }
@@ -108,7 +128,30 @@ impl State {
             }
             self.fresh.pop();
         }
-        None
+        let giga = self.gigas.pop()?;
+        self.fresh.push((giga + BLOCK_PAGES, giga + GIGA_PAGES));
+        Some(giga)
+    }
+
+    /// The first whole GiB of a fresh range; what lies around it stays.
+    fn take_giga(&mut self) -> Option<u64> {
+        if let Some(giga) = self.gigas.pop() {
+            return Some(giga);
+        }
+        let whole = |&(next, end): &(u64, u64)| {
+            let giga = next.next_multiple_of(GIGA_PAGES);
+            (giga + GIGA_PAGES <= end).then_some(giga)
+        };
+        let at = self
+            .fresh
+            .iter()
+            .rposition(|range| whole(range).is_some())?;
+        let (next, end) = self.fresh[at];
+        let giga = whole(&(next, end))?;
+        let around = [(giga + GIGA_PAGES, end), (next, giga)];
+        let around = around.into_iter().filter(|(from, to)| from < to);
+        self.fresh.splice(at..=at, around);
+        Some(giga)
     }
 }
 
@@ -182,5 +225,26 @@ mod tests {
         assert!(memory.page().is_some(), "the split block still has pages");
         memory.free_block(block);
         assert_eq!(memory.block(), Some(block));
+    }
+
+    #[test]
+    fn gigas_are_aligned_and_leave_their_surroundings_to_blocks() {
+        let range = MemoryRange {
+            base: GIB,
+            size: 3 * GIB,
+            reserved: vec![(GIB, 2 << 20)],
+        };
+        let memory = HostMemory::new(&[range]);
+        let first = memory.block().unwrap();
+        let (one, two) = (memory.giga().unwrap(), memory.giga().unwrap());
+        assert_eq!((one.get(), two.get()), (2 << 18, 3 << 18));
+        assert_eq!(memory.giga(), None, "the first GiB is not whole");
+        assert_eq!(memory.block().unwrap(), first.offset(512));
+        memory.free_giga(one);
+        assert_eq!(memory.giga(), Some(one));
+        memory.free_giga(one);
+        let blocks = std::iter::from_fn(|| memory.block()).count();
+        assert_eq!(blocks, 509 + 512, "a free GiB serves blocks, too");
+        assert_eq!(memory.in_use(), GIGA_PAGES + 512 * 1023);
     }
 }

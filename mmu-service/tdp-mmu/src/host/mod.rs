@@ -10,7 +10,7 @@ pub use platform::{HostError, MemoryRange, Platform};
 
 use crate::sync::Mutex;
 pub(crate) use hkid::HkidPool;
-pub(crate) use memory::{BLOCK_PAGES, HostMemory};
+pub(crate) use memory::{BLOCK_PAGES, GIGA_PAGES, HostMemory};
 
 /// One host with one TDX module.
 pub struct Host {
@@ -43,3 +43,6 @@ impl Host {
         self.memory.in_use()
     }
 }
+
+#[cfg(all(test, not(feature = "shuttle")))]
+pub(crate) use platform::tests;

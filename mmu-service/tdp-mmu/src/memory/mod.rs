@@ -3,5 +3,7 @@
 
 pub(crate) mod attributes;
 pub(crate) mod backing;
+pub(crate) mod dirty;
 pub(crate) mod invalidate;
 pub(crate) mod slots;
+pub(crate) mod user;

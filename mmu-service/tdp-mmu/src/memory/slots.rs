@@ -8,10 +8,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use tdx_defs::Gfn;
+use tdx_defs::{Gfn, Level, PAGE_SHIFT};
 
 use super::attributes::PrivateBits;
 use super::backing::Backing;
+use super::dirty::DirtyLog;
+use super::user::{HostPageSize, UserMemory};
+use crate::mmu::spte;
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// KVM_USER_MEM_SLOTS is larger; a snapshot is copied on each change.
@@ -34,6 +37,13 @@ pub struct SlotSpec {
     pub guest_memfd: bool,
     /// KVM_MEM_READONLY.
     pub read_only: bool,
+    /// KVM_MEM_LOG_DIRTY_PAGES.
+    pub log_dirty: bool,
+    /// Page size that the host uses for user memory where alignment allows it. Counts when the
+    /// slot is created.
+    pub host_page_size: HostPageSize,
+    /// Reads of user memory that nobody wrote get the zero page. Counts when the slot is created.
+    pub demand_zero: bool,
 }
 
 /// A slot in use.
@@ -42,8 +52,10 @@ pub(crate) struct Slot {
     pub(crate) gfns: Range<u64>,
     /// guest_memfd, for private pages.
     pub(crate) gmem: Option<Backing>,
-    /// User memory, for shared pages.
-    pub(crate) user: Backing,
+    /// User memory, for shared pages; kept when the slot moves or changes its flags.
+    pub(crate) user: Arc<UserMemory>,
+    /// Goes with the user memory.
+    pub(crate) log: Arc<DirtyLog>,
     pub(crate) private: PrivateBits,
     /// KVM_MEMSLOT_INVALID: faults retry until the deletion is through.
     pub(crate) going: AtomicBool,
@@ -53,6 +65,15 @@ impl Slot {
     /// Page offset of a frame in the slot.
     pub(crate) fn offset(&self, gfn: Gfn) -> u64 {
         gfn.get() - self.gfns.start
+    }
+
+    /// `disallow_lpage` of `kvm_alloc_memslot_metadata()`: whether the range of the leaf of
+    /// `level` over a frame sticks out of the slot, or lies otherwise than the host's addresses.
+    pub(crate) fn forbids(&self, gfn: Gfn, level: Level) -> bool {
+        let pages = level.pages();
+        let first = gfn.align_down(pages).get();
+        let apart = self.gfns.start ^ self.spec.userspace_addr >> PAGE_SHIFT;
+        first < self.gfns.start || first + pages > self.gfns.end || !apart.is_multiple_of(pages)
     }
 
     pub(crate) fn is_going(&self) -> bool {
@@ -67,14 +88,26 @@ impl Slot {
 /// Slots in ascending order of frames.
 type Table = Vec<Arc<Slot>>;
 
-#[derive(Default)]
+const GENERATION_MASK: u32 = spte::MMIO_GEN_MASK;
+
 pub(crate) struct Slots {
     table: ArcSwap<Table>,
     /// `memslots->generation`, by which MMIO SPTEs age.
-    generation: AtomicU32,
+    pub(crate) generation: AtomicU32,
+    /// Address spaces share one generation: it moves by their number with every swap.
+    stride: u32,
 }
 
 impl Slots {
+    /// No slots, of a VM with that many address spaces.
+    pub(crate) fn new(address_spaces: u32) -> Self {
+        Self {
+            table: ArcSwap::default(),
+            generation: AtomicU32::new(0),
+            stride: address_spaces,
+        }
+    }
+
     /// The slot that covers a frame.
     pub(crate) fn find(&self, gfn: Gfn) -> Option<Arc<Slot>> {
         let table = self.table.load();
@@ -108,27 +141,50 @@ impl Slots {
         self.table.load_full()
     }
 
-    /// The low bits are all that an MMIO SPTE keeps.
+    /// The bits that an MMIO SPTE keeps.
     pub(crate) fn generation(&self) -> u32 {
-        self.generation.load(Ordering::Acquire)
+        self.generation.load(Ordering::Acquire) & GENERATION_MASK
     }
 
-    /// The caller holds slots_lock.
-    pub(crate) fn insert(&self, slot: Slot) {
+    /// kvm_mmu_invalidate_mmio_sptes: whether the generation came round, so that old MMIO SPTEs
+    /// would look valid.
+    fn swapped(&self, times: u32) -> bool {
+        let before = self.generation();
+        let moved = self.stride * times;
+        self.generation.fetch_add(moved, Ordering::AcqRel);
+        before + moved > GENERATION_MASK
+    }
+
+    /// The caller holds slots_lock. Whether the generation came round.
+    pub(crate) fn insert(&self, slot: Slot) -> bool {
         let mut table = (*self.table.load_full()).clone();
+        Self::put(&mut table, slot);
+        self.table.store(Arc::new(table));
+        self.swapped(1)
+    }
+
+    /// The same for a slot in the place of the one with its number: other flags, or moved.
+    pub(crate) fn replace(&self, slot: Slot, moved: bool) -> bool {
+        let mut table = (*self.table.load_full()).clone();
+        table.retain(|other| other.spec.slot_id != slot.spec.slot_id);
+        Self::put(&mut table, slot);
+        self.table.store(Arc::new(table));
+        // A slot that moves is marked as going first.
+        self.swapped(1 + u32::from(moved))
+    }
+
+    fn put(table: &mut Table, slot: Slot) {
         let at = table.partition_point(|other| other.gfns.start < slot.gfns.start);
         table.insert(at, Arc::new(slot));
-        self.table.store(Arc::new(table));
-        self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The caller holds slots_lock.
-    pub(crate) fn remove(&self, slot_id: u32) {
+    /// The caller holds slots_lock. Whether the generation came round.
+    pub(crate) fn remove(&self, slot_id: u32) -> bool {
         let mut table = (*self.table.load_full()).clone();
         table.retain(|slot| slot.spec.slot_id != slot_id);
         self.table.store(Arc::new(table));
         // Once for the slot that is marked as going, once for its end.
-        self.generation.fetch_add(2, Ordering::AcqRel);
+        self.swapped(2)
     }
 
     pub(crate) fn clear(&self) {

@@ -22,7 +22,7 @@ use tdx_defs::{Gfn, Hpa, Level, PAGE_SHIFT, Pfn};
 
 use super::role::Role;
 use super::spte;
-use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 
 pub(crate) const ENTRIES: usize = 512;
@@ -34,6 +34,13 @@ const FIRST_TABLES: u32 = 16;
 const CHUNK_TABLES: u32 = 512;
 const DOUBLING_CHUNKS: u32 = 6;
 const DIRECTORY: usize = 256;
+
+impl Slot {
+    /// Where the entry lies.
+    pub(crate) fn hpa(self) -> u64 {
+        self.table.hpa().get() + self.index as u64 * 8
+    }
+}
 
 /// Names a table of one arena.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -67,7 +74,13 @@ pub(crate) struct Header {
     gfn: AtomicU64,
     /// Page handed to the module for this table; 0 for none.
     external: AtomicU64,
+    /// `ptep`: the entry that links the table, or [`NO_PARENT`].
+    parent: AtomicU64,
+    /// `nx_huge_page_disallowed`: a huge page would do but for the NX mitigation.
+    pub(crate) nx_disallowed: AtomicBool,
 }
+
+const NO_PARENT: u64 = u64::MAX;
 
 impl Header {
     pub(crate) fn role(&self) -> Role {
@@ -88,6 +101,21 @@ impl Header {
             0 => None,
             page => Some(Pfn::new(page)),
         }
+    }
+
+    /// The entry that links the table; none for a root.
+    pub(crate) fn parent(&self) -> Option<Slot> {
+        let packed = self.parent.load(Ordering::Acquire);
+        let table = u32::try_from(packed >> 9).ok()?;
+        Some(Slot {
+            table: TableId(table),
+            index: (packed & 0x1FF) as usize,
+        })
+    }
+
+    pub(crate) fn set_parent(&self, parent: Slot) {
+        let packed = u64::from(parent.table.0) << 9 | parent.index as u64;
+        self.parent.store(packed, Ordering::Release);
     }
 
     pub(crate) fn set_external(&self, page: Option<Pfn>) {
@@ -118,6 +146,8 @@ impl Header {
             root_count: AtomicU32::new(0),
             gfn: AtomicU64::new(0),
             external: AtomicU64::new(0),
+            parent: AtomicU64::new(NO_PARENT),
+            nx_disallowed: AtomicBool::new(false),
         }
     }
 }
@@ -227,6 +257,8 @@ impl Arena {
         header.gfn.store(gfn.get(), Ordering::Relaxed);
         header.set_external(external);
         header.root_count.store(0, Ordering::Relaxed);
+        header.parent.store(NO_PARENT, Ordering::Relaxed);
+        header.nx_disallowed.store(false, Ordering::Relaxed);
         Some(TableId(id))
     }
 

@@ -22,6 +22,7 @@ use super::removal::ExternalOp;
 use super::spte;
 use crate::bugs::Check;
 use crate::sync::atomic::Ordering;
+use crate::trace::Event;
 
 /// How mmu_lock is held by whoever changes entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,22 +48,23 @@ impl Mmu {
         self.arena.entry(slot).store(new, Ordering::Release);
     }
 
-    /// tdp_mmu_set_spte_atomic for an entry of a direct root.
-    pub(crate) fn set_direct_atomic(
-        &self,
-        step: &Step,
-        gfn: Gfn,
-        new: u64,
-        ops: &mut Vec<ExternalOp>,
-    ) -> Result<(), Lost> {
-        self.swap(step.slot, step.spte, new).map_err(|_| Lost)?;
+    /// tdp_mmu_set_spte_atomic for an entry of a direct root: the module never has to follow.
+    pub(crate) fn set_direct_atomic(&self, step: &Step, gfn: Gfn, new: u64) -> Result<(), Lost> {
+        let old = step.spte;
+        if old == spte::FROZEN {
+            self.bugs
+                .warn(Check::B6, || format!("change of the frozen entry of {gfn}"));
+            return Err(Lost);
+        }
+        self.swap(step.slot, old, new).map_err(|_| Lost)?;
+        let mut none = Vec::new();
         self.handle_changed(
             gfn,
             step.level,
-            (step.spte, new),
+            (old, new),
             LockMode::Shared,
             false,
-            ops,
+            &mut none,
         );
         Ok(())
     }
@@ -179,6 +181,12 @@ impl Mmu {
         if old == new {
             return;
         }
+        self.tracer.emit(|| Event::SpteChanged {
+            gfn,
+            level,
+            old_spte: old,
+            new_spte: new,
+        });
         let (was_present, is_present) = (spte::is_present(old), spte::is_present(new));
         let (was_leaf, is_leaf) = (spte::is_leaf(old, level), spte::is_leaf(new, level));
         let pfn_changed = spte::pfn(old) != spte::pfn(new);

@@ -1,134 +1,243 @@
-//! Building on the direct root, and the lockless fast path.
+//! Building on the direct root.
 //!
-//! Source: `kvm_tdp_mmu_map()`, `tdp_mmu_map_handle_target_level()`, tdp_mmu.c;
-//! `page_fault_can_be_fast()`, `fast_page_fault()`, `fast_pf_fix_direct_spte()`, mmu.c.
-//! Neither ever touches a mirror root.
-//!
-//! Model: leaves are 4 KiB for now; larger ones come with the host's mapping sizes.
+//! Source: `kvm_tdp_mmu_map()`, `tdp_mmu_map_handle_target_level()`, `tdp_mmu_link_sp()`,
+//! tdp_mmu.c; `kvm_mmu_hugepage_adjust()`, `disallowed_hugepage_adjust()`, mmu.c. A mirror root
+//! is never touched. Pages of a huge mapping are naturally aligned, so the page of a leaf follows
+//! from the page of the faulting frame at whatever level the walk ends.
 
-use tdx_defs::Gfn;
+use tdx_defs::{Gfn, Level, Pfn};
 
 use super::Mmu;
 use super::arena::TableId;
 use super::iter::Step;
-use super::spte::{self, Access};
+use super::spte::{self, Access, DirectTraits, LeafTraits};
+use crate::sync::atomic::Ordering;
+use crate::trace::Event;
 
-/// Tries of the fast path before the slow one takes over.
-const FAST_TRIES: u32 = 5;
+/// KVM_PFN_NOSLOT, as tracepoints show it.
+const PFN_NOSLOT: u64 = 1 << 63;
 
-/// What an install on the direct root came to.
+/// What a fault wants behind its frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// The page of the faulting frame.
+    Page { pfn: Pfn, map_writable: bool },
+    /// No slot: an entry that remembers it.
+    Mmio { spte: u64 },
+}
+
+/// A fault on the direct root, resolved.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DirectFault {
+    pub(crate) gfn: Gfn,
+    pub(crate) access: Access,
+    pub(crate) prefetch: bool,
+    /// Largest level that slot and host allow; the NX mitigation may demand a lower one.
+    pub(crate) req_level: Level,
+    pub(crate) target: Target,
+    pub(crate) traits: DirectTraits,
+}
+
+/// What an install came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Installed {
     Fixed,
     Spurious,
     Retry,
     NoMemory,
+    /// A write that somebody tracks.
+    WriteProtected,
+    /// An MMIO entry is there now.
+    Mmio,
+}
+
+/// How a fault on the direct root ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mapped {
+    pub(crate) installed: Installed,
+    pub(crate) level: Level,
+    /// The entry that was made for it, if one was.
+    pub(crate) spte: Option<u64>,
+    /// The range of the leaf must be flushed.
+    pub(crate) flush: bool,
+}
+
+impl Mapped {
+    fn nothing(installed: Installed, level: Level) -> Self {
+        Self {
+            installed,
+            level,
+            spte: None,
+            flush: false,
+        }
+    }
+}
+
+impl DirectFault {
+    /// huge_page_disallowed: the guest executes, and huge pages must not be executable.
+    fn huge_disallowed(&self) -> bool {
+        self.access.exec && self.traits.nx_huge_pages
+    }
+
+    fn goal(&self) -> Level {
+        match self.target {
+            Target::Page { .. } if !self.huge_disallowed() => self.req_level,
+            _ => Level::L4K,
+        }
+    }
+
+    /// The entry to install at `level`.
+    fn spte(&self, level: Level) -> u64 {
+        match self.target {
+            Target::Mmio { spte } => spte,
+            Target::Page { pfn, map_writable } => {
+                let traits = LeafTraits {
+                    map_writable,
+                    prefetch: self.prefetch,
+                };
+                spte::leaf(level, pfn.align_down(level.pages()), traits, self.traits)
+            }
+        }
+    }
 }
 
 impl Mmu {
-    /// Installs `new` (a 4 KiB leaf or an MMIO SPTE) for `gfn`. The caller holds mmu_lock.
-    pub(crate) fn map_direct(
-        &self,
-        root: TableId,
-        gfn: Gfn,
-        new: u64,
-        access: Access,
-        prefetch: bool,
-    ) -> Installed {
-        if !self.walkable(gfn) {
-            return Installed::Retry;
+    /// kvm_tdp_mmu_map on a direct root. The caller holds mmu_lock.
+    pub(crate) fn map_direct(&self, root: TableId, fault: &DirectFault) -> Mapped {
+        let mut goal = fault.goal();
+        self.tracer.emit(|| Event::SpteRequested {
+            gfn: fault.gfn,
+            pfn: match fault.target {
+                Target::Page { pfn, .. } => pfn.get(),
+                Target::Mmio { .. } => PFN_NOSLOT,
+            },
+            level: goal,
+        });
+        if !self.walkable(fault.gfn) {
+            return Mapped::nothing(Installed::Retry, goal);
         }
         let root_bits = self.root_bits(root);
         let mut table = root;
         let mut level = self.arena.level(root);
         loop {
-            let slot = self.slot(table, level, gfn, root_bits);
+            let slot = self.slot(table, level, fault.gfn, root_bits);
             let step = Step {
                 slot,
                 level,
                 spte: self.read(slot),
             };
-            if step.spte == spte::FROZEN {
-                return Installed::Retry;
+            if fault.traits.nx_huge_pages {
+                goal = self.lower_goal(&step, goal);
             }
-            let Some(child) = level.child() else {
-                return self.install(&step, gfn, new, access, prefetch);
-            };
-            let linked = if spte::is_present(step.spte) {
+            if step.spte == spte::FROZEN {
+                return Mapped::nothing(Installed::Retry, level);
+            }
+            if level == goal {
+                return self.install(&step, fault);
+            }
+            let linked = if spte::is_table(step.spte, level) {
                 TableId::linked_by(step.spte)
             } else {
-                match self.link_direct(&step, gfn) {
+                match self.build_below(&step, fault) {
                     Ok(linked) => Some(linked),
-                    Err(installed) => return installed,
+                    Err(installed) => return Mapped::nothing(installed, level),
                 }
             };
-            match linked {
-                Some(linked) => (level, table) = (child, linked),
-                None => return Installed::Retry,
+            match linked.zip(level.child()) {
+                Some((linked, child)) => (level, table) = (child, linked),
+                None => return Mapped::nothing(Installed::Retry, level),
             }
         }
     }
 
-    /// tdp_mmu_link_sp for a direct entry.
-    fn link_direct(&self, step: &Step, gfn: Gfn) -> Result<TableId, Installed> {
-        let base = gfn.align_down(step.level.pages());
-        let role = self.arena.header(step.slot.table).role().child();
-        let table = self
-            .arena
-            .alloc(role, base, None)
-            .ok_or(Installed::NoMemory)?;
-        let new = spte::nonleaf(table.hpa());
-        match self.set_direct_atomic(step, base, new, &mut Vec::new()) {
-            Ok(()) => Ok(table),
-            Err(_) => {
-                self.arena.free(table);
-                Err(Installed::Retry)
-            }
+    /// disallowed_hugepage_adjust: a table that stands for a huge page the mitigation took apart
+    /// stays, and the walk goes one level further down.
+    fn lower_goal(&self, step: &Step, goal: Level) -> Level {
+        let kept = step.level == goal
+            && spte::is_table(step.spte, step.level)
+            && TableId::linked_by(step.spte).is_some_and(|table| {
+                let header = self.arena.header(table);
+                header.nx_disallowed.load(Ordering::Acquire)
+            });
+        match goal.child() {
+            Some(child) if kept => child,
+            _ => goal,
         }
+    }
+
+    /// Makes the table below an entry that has none: new, or out of a huge leaf.
+    fn build_below(&self, step: &Step, fault: &DirectFault) -> Result<TableId, Installed> {
+        let base = fault.gfn.align_down(step.level.pages());
+        let table = self.child_table(step, base).ok_or(Installed::NoMemory)?;
+        let disallowed = fault.huge_disallowed();
+        let header = self.arena.header(table);
+        header.nx_disallowed.store(disallowed, Ordering::Release);
+        let linked = if spte::is_present(step.spte) {
+            self.split_huge(step, base, table)
+        } else {
+            self.set_direct_atomic(step, base, spte::nonleaf(table.hpa()))
+        };
+        if linked.is_err() {
+            self.arena.free(table);
+            return Err(Installed::Retry);
+        }
+        if disallowed && fault.req_level >= step.level {
+            self.track_nx(table);
+        }
+        Ok(table)
+    }
+
+    /// tdp_mmu_alloc_sp and tdp_mmu_init_child_sp: an empty table for the entry.
+    pub(crate) fn child_table(&self, step: &Step, base: Gfn) -> Option<TableId> {
+        let role = self.arena.header(step.slot.table).role().child();
+        let table = self.arena.alloc(role, base, None)?;
+        self.arena.header(table).set_parent(step.slot);
+        self.trace_get_page(table);
+        Some(table)
     }
 
     /// tdp_mmu_map_handle_target_level.
-    fn install(
-        &self,
-        step: &Step,
-        gfn: Gfn,
-        new: u64,
-        access: Access,
-        prefetch: bool,
-    ) -> Installed {
-        let present = spte::is_present(step.spte);
-        if present && (prefetch || access.allowed_by(step.spte)) || step.spte == new {
-            return Installed::Spurious;
+    fn install(&self, step: &Step, fault: &DirectFault) -> Mapped {
+        let (old, level) = (step.spte, step.level);
+        let base = fault.gfn.align_down(level.pages());
+        let answered = fault.prefetch || fault.access.allowed_by(old);
+        if spte::is_leaf(old, level) && answered {
+            return Mapped::nothing(Installed::Spurious, level);
         }
-        match self.set_direct_atomic(step, gfn, new, &mut Vec::new()) {
-            Ok(()) => Installed::Fixed,
-            Err(_) => Installed::Retry,
-        }
-    }
-
-    /// fast_page_fault for a present write fault on the direct root, without mmu_lock.
-    /// `None` sends the fault to the slow path.
-    pub(crate) fn fast_page_fault(&self, root: TableId, gfn: Gfn) -> Option<Installed> {
-        let access = Access {
-            write: true,
-            exec: false,
+        let new = fault.spte(level);
+        let mut mapped = Mapped {
+            installed: Installed::Fixed,
+            level,
+            spte: Some(new),
+            flush: false,
         };
-        for _ in 0..FAST_TRIES {
-            let step = self.last(root, gfn)?;
-            if !spte::is_leaf(step.spte, step.level) {
-                return None;
-            }
-            if access.allowed_by(step.spte) {
-                return Some(Installed::Spurious);
-            }
-            if step.spte & spte::MMU_WRITABLE == 0 {
-                return None;
-            }
-            let new = step.spte | spte::WRITE | spte::DIRTY;
-            if self.swap(step.slot, step.spte, new).is_ok() {
-                return Some(Installed::Fixed);
-            }
+        if old == new {
+            mapped.installed = Installed::Spurious;
+        } else if self.set_direct_atomic(step, base, new).is_err() {
+            return Mapped::nothing(Installed::Retry, level);
+        } else if spte::is_present(old) {
+            mapped.flush = spte::is_table(old, level) || spte::needs_flush(old, new);
         }
-        None
+        if fault.traits.write_tracked && fault.access.write {
+            mapped.installed = Installed::WriteProtected;
+        }
+        let sptep = step.slot.hpa();
+        if spte::is_mmio(new) {
+            mapped.installed = Installed::Mmio;
+            self.tracer.emit(|| Event::MarkMmioSpte {
+                sptep,
+                gfn: base,
+                access: new & 7,
+                generation: spte::mmio_generation(new),
+            });
+        } else {
+            self.tracer.emit(|| Event::SetSpte {
+                gfn: base,
+                spte: new,
+                level,
+                sptep,
+            });
+        }
+        mapped
     }
 }

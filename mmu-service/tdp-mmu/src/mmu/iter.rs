@@ -12,6 +12,7 @@ use tdx_defs::{Gfn, Level};
 
 use super::Mmu;
 use super::arena::{ENTRIES, Slot, TableId};
+use super::lock::ReadGuard;
 use super::role::RootKind;
 use super::spte;
 use crate::bugs::Check;
@@ -124,6 +125,34 @@ impl Mmu {
         let root_bits = self.root_bits(root);
         let range = range.start..range.end.min(self.layout.gfn_limit());
         let _ = self.visit_table((root, level, 0), root_bits, &range, min_level, visit);
+    }
+
+    /// The same under the read side of mmu_lock, which is let go for a writer that waits, as
+    /// `tdp_mmu_iter_cond_resched()` does: never before the walk has moved on.
+    pub(crate) fn visit_shared<'a>(
+        &'a self,
+        mut held: ReadGuard<'a>,
+        root: TableId,
+        range: Range<u64>,
+        min_level: Level,
+        visit: &mut dyn FnMut(Visit),
+    ) -> ReadGuard<'a> {
+        let mut start = range.start;
+        loop {
+            let mut next = None;
+            self.visit(root, start..range.end, min_level, &mut |at| {
+                if at.gfn.get() > start && self.lock.is_wanted() {
+                    next = Some(at.gfn.get());
+                    return ControlFlow::Break(());
+                }
+                visit(at);
+                ControlFlow::Continue(())
+            });
+            let Some(next) = next else { return held };
+            start = next;
+            drop(held);
+            held = self.lock.read(0);
+        }
     }
 
     fn visit_table(

@@ -25,6 +25,7 @@ use super::iter::Step;
 use super::removal::ExternalOp;
 use super::spte;
 use crate::bugs::Check;
+use crate::trace::Event;
 
 /// How far one unit reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,6 +122,15 @@ impl Mmu {
         }
     }
 
+    /// The tracepoint kvm_mmu_spte_requested of a private frame.
+    pub(crate) fn trace_private_request(&self, gfn: Gfn, page: Pfn) {
+        self.tracer.emit(|| Event::SpteRequested {
+            gfn,
+            pfn: page.get(),
+            level: Level::L4K,
+        });
+    }
+
     fn begin_leaf(&self, step: &Step, gfn: Gfn, leaf: u64) -> Begin<'_> {
         if spte::is_present(step.spte) {
             return Begin::Mapped { spte: step.spte };
@@ -144,6 +154,7 @@ impl Mmu {
         };
         let first = spte::nonleaf(chain[0].table.hpa());
         if self.freeze(step, chain[0].gfn, first).is_err() {
+            self.trace_get_page(chain[0].table);
             self.free_links(&chain);
             return Begin::Lost;
         }
@@ -318,6 +329,7 @@ impl Unit<'_> {
         }
         self.settle_chain(links);
         let mut none = Vec::new();
+        let traced = mmu.tracer.is_on();
         for leaf in &self.leaves[..leaves] {
             let change = (spte::NP, leaf.spte);
             mmu.handle_changed(
@@ -328,8 +340,31 @@ impl Unit<'_> {
                 true,
                 &mut none,
             );
+            if let Some(table) = self.leaf_table.filter(|_| traced) {
+                mmu.tracer.emit(|| Event::SetSpte {
+                    gfn: leaf.gfn,
+                    spte: leaf.spte,
+                    level: Level::L4K,
+                    sptep: mmu.slot(table, Level::L4K, leaf.gfn, 0).hpa(),
+                });
+            }
         }
         leaves
+    }
+
+    /// The kernel makes a table, links it, makes the next: also one whose link then fails.
+    fn trace_links(&self, links: usize) {
+        for (at, link) in self.chain.iter().enumerate().take(links + 1) {
+            self.mmu.trace_get_page(link.table);
+            if at < links {
+                self.mmu.tracer.emit(|| Event::SpteChanged {
+                    gfn: link.gfn,
+                    level: link.level,
+                    old_spte: spte::NP,
+                    new_spte: spte::nonleaf(link.table.hpa()),
+                });
+            }
+        }
     }
 
     /// Publishes the first `links` tables of the chain and frees the others.
@@ -339,6 +374,9 @@ impl Unit<'_> {
         if links > 0 && links < self.chain.len() {
             let (parent, lost) = (self.chain[links - 1], self.chain[links]);
             mmu.store(mmu.slot(parent.table, lost.level, lost.gfn, 0), spte::NP);
+        }
+        if mmu.tracer.is_on() {
+            self.trace_links(links);
         }
         let value = if links > 0 {
             spte::nonleaf(self.chain[0].table.hpa())

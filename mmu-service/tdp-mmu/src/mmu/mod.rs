@@ -6,20 +6,29 @@
 pub(crate) mod arena;
 pub(crate) mod change;
 pub(crate) mod direct;
+pub(crate) mod fast;
+pub(crate) mod huge;
 pub(crate) mod iter;
+pub(crate) mod layout;
 pub(crate) mod lock;
 pub(crate) mod mirror;
+pub(crate) mod nx;
+pub(crate) mod protect;
 pub(crate) mod removal;
 pub(crate) mod role;
 pub(crate) mod roots;
 pub(crate) mod spte;
 
-use tdx_defs::{GpaLayout, Level, Pfn};
+use std::collections::VecDeque;
+
+use tdx_defs::{Level, Pfn};
 
 use crate::bugs::Bugs;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
+use crate::trace::{Event, Tracer};
 use arena::{Arena, TableId};
+use layout::Layout;
 use lock::MmuLock;
 
 /// `KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE` and the refill threshold: a 5-level path needs 4 tables.
@@ -28,7 +37,7 @@ const CACHE_MIN: usize = 5;
 
 /// Page tables of one VM.
 pub(crate) struct Mmu {
-    pub(crate) layout: GpaLayout,
+    pub(crate) layout: Layout,
     /// `mmu_lock`.
     pub(crate) lock: MmuLock,
     pub(crate) arena: Arena,
@@ -39,20 +48,33 @@ pub(crate) struct Mmu {
     external: Mutex<Vec<Pfn>>,
     /// Present leaves by level, both trees.
     pages: [AtomicU64; 3],
+    /// `possible_nx_huge_pages` under `tdp_mmu_pages_lock`, oldest first.
+    nx_pages: Mutex<VecDeque<TableId>>,
     pub(crate) bugs: Bugs,
+    pub(crate) tracer: Tracer,
 }
 
 impl Mmu {
-    pub(crate) fn new(layout: GpaLayout) -> Self {
+    pub(crate) fn new(layout: impl Into<Layout>) -> Self {
         Self {
-            layout,
+            layout: layout.into(),
             lock: MmuLock::default(),
             arena: Arena::default(),
             roots: Mutex::new(Vec::new()),
             external: Mutex::new(Vec::new()),
             pages: [const { AtomicU64::new(0) }; 3],
+            nx_pages: Mutex::default(),
             bugs: Bugs::default(),
+            tracer: Tracer::default(),
         }
+    }
+
+    /// The tracepoint kvm_mmu_get_page, of a new table.
+    pub(crate) fn trace_get_page(&self, table: TableId) {
+        self.tracer.emit(|| Event::GetPage {
+            page: self.page_text(table),
+            created: true,
+        });
     }
 
     /// kvm_update_page_stats.

@@ -14,12 +14,13 @@ use tdx_defs::{Gfn, Level, Pfn};
 use super::Mmu;
 use super::arena::{ENTRIES, Slot, TableId};
 use super::change::LockMode;
-use super::iter::Step;
-use super::lock::WriteGuard;
+use super::iter::{Step, Visit};
+use super::lock::{ReadGuard, WriteGuard};
 use super::spte;
 use crate::bugs::Check;
 use crate::sync::atomic::Ordering;
 use crate::sync::thread;
+use crate::trace::{Event, PageText};
 
 /// A change of the private tree, named after the hook of `kvm_x86_ops`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +52,8 @@ pub(crate) struct Zapped {
 }
 
 impl Mmu {
-    /// tdp_mmu_zap_leafs: every leaf that overlaps `range` goes to NP, at most `limit` of them.
+    /// tdp_mmu_zap_leafs: every leaf that overlaps `range` goes to NP, at most `limit` of them. On a
+    /// direct root, where nothing has to follow, the walk also stops as soon as a fault waits.
     pub(crate) fn zap_leafs(
         &self,
         held: &WriteGuard<'_>,
@@ -61,11 +63,13 @@ impl Mmu {
         ops: &mut Vec<ExternalOp>,
     ) -> Zapped {
         let mut zapped = Zapped::default();
+        let is_direct = !self.arena.header(root).role().is_mirror();
         self.visit(root, range, Level::L4K, &mut |at| {
             if !spte::is_leaf(at.spte, at.level) {
                 return ControlFlow::Continue(());
             }
-            if zapped.leaves == limit {
+            let yields = is_direct && zapped.leaves != 0 && held.is_contended();
+            if zapped.leaves == limit || yields {
                 zapped.next = Some(at.gfn.get());
                 return ControlFlow::Break(());
             }
@@ -79,6 +83,16 @@ impl Mmu {
             ControlFlow::Continue(())
         });
         zapped
+    }
+
+    /// The page text of tracepoints.
+    pub(crate) fn page_text(&self, table: TableId) -> PageText {
+        let header = self.arena.header(table);
+        PageText {
+            gfn: header.gfn(),
+            role: header.role().word(),
+            root_count: header.root_count.load(Ordering::Relaxed),
+        }
     }
 
     /// __tdp_mmu_zap_root under the write side: leaves first, then tables from the lowest level
@@ -97,18 +111,69 @@ impl Mmu {
         level: Level,
         ops: &mut Vec<ExternalOp>,
     ) {
-        let mut zap = |at: super::iter::Visit| {
+        let root_bits = self.root_bits(root);
+        let mut zap = |at: Visit| {
             if at.level <= level && spte::is_present(at.spte) {
                 let step = Step {
                     slot: at.slot,
                     level: at.level,
                     spte: at.spte,
                 };
-                self.set_spte(held, &step, at.gfn, spte::NP, ops);
+                // The walk over a whole root reports frames with the SHARED bit.
+                let gfn = Gfn::new(at.gfn.get() | root_bits);
+                self.set_spte(held, &step, gfn, spte::NP, ops);
             }
             ControlFlow::Continue(())
         };
         self.visit(root, 0..self.layout.gfn_limit(), level, &mut zap);
+    }
+
+    /// __tdp_mmu_zap_root under the read side, for a direct root that was invalidated: nobody
+    /// builds in it, but leaves still lose bits to whoever ages them.
+    pub(crate) fn zap_root_shared<'a>(
+        &'a self,
+        mut held: ReadGuard<'a>,
+        root: TableId,
+    ) -> ReadGuard<'a> {
+        let root_bits = self.root_bits(root);
+        let whole = 0..self.layout.gfn_limit();
+        for level in [Level::L4K, Level::L2M, Level::L1G, self.arena.level(root)] {
+            held = self.visit_shared(held, root, whole.clone(), level, &mut |at| {
+                if at.level <= level {
+                    let gfn = Gfn::new(at.gfn.get() | root_bits);
+                    self.change_until_done(&at, gfn, |spte| {
+                        spte::is_present(spte).then_some(spte::NP)
+                    });
+                }
+            });
+        }
+        held
+    }
+
+    /// Changes an entry of a direct root under the read side until it is changed or `new` finds
+    /// nothing to change. Whether it was.
+    pub(crate) fn change_until_done(
+        &self,
+        at: &Visit,
+        gfn: Gfn,
+        new: impl Fn(u64) -> Option<u64>,
+    ) -> bool {
+        let mut spte = at.spte;
+        loop {
+            if spte == spte::FROZEN {
+                return false;
+            }
+            let Some(new) = new(spte) else { return false };
+            let step = Step {
+                slot: at.slot,
+                level: at.level,
+                spte,
+            };
+            if self.set_direct_atomic(&step, gfn, new).is_ok() {
+                return true;
+            }
+            spte = self.read(at.slot);
+        }
     }
 
     /// handle_removed_pt: empties a table that is not linked any more and gives it back.
@@ -123,6 +188,10 @@ impl Mmu {
             let header = self.arena.header(table);
             (header.role().level(), header.gfn(), header.external())
         };
+        self.tracer.emit(|| Event::PrepareZapPage {
+            page: self.page_text(table),
+        });
+        self.untrack_nx(table);
         for index in 0..ENTRIES {
             let slot = Slot { table, index };
             let gfn = base.offset(index as u64 * level.pages());

@@ -54,8 +54,11 @@ impl Filter {
 }
 
 impl Mmu {
-    /// kvm_gfn_range_filter_to_root_types, for a VM with mirrored TDP.
+    /// kvm_gfn_range_filter_to_root_types. Without mirrored TDP everything is direct.
     pub(crate) fn filter_to_root_types(&self, filter: Filter) -> RootTypes {
+        if !self.layout.is_td() {
+            return RootTypes::DIRECT;
+        }
         let mut types = RootTypes::NONE;
         if filter.0 & Filter::SHARED.0 != 0 {
             types = types.with(RootTypes::DIRECT);
@@ -117,6 +120,8 @@ impl Mmu {
             return same;
         }
         let root = self.arena.alloc(role, Gfn::new(0), None)?;
+        // Before its count is set, as the kernel does.
+        self.trace_get_page(root);
         // One for the caller, one for the TDP MMU itself.
         self.arena
             .header(root)

@@ -69,6 +69,13 @@ impl Td {
         self.tdr.store(0, Ordering::Release);
     }
 
+    /// In an ordinary VM: nothing to build, nothing to call.
+    pub(crate) fn none() -> Self {
+        let td = Self::new();
+        td.state.store(2, Ordering::Release);
+        td
+    }
+
     pub(crate) fn state(&self) -> TdState {
         match self.state.load(Ordering::Acquire) {
             0 => TdState::Uninitialized,

@@ -1,6 +1,6 @@
-//! Taking memory away from the guest: conversion, holes, and the host's notifier.
+//! Taking memory away from the guest: conversion and holes, and the sequence of both.
 //!
-//! Source: virt/kvm/kvm_main.c, `kvm_vm_set_mem_attributes()`, `kvm_handle_hva_range()`;
+//! Source: virt/kvm/kvm_main.c, `kvm_vm_set_mem_attributes()`;
 //! arch/x86/kvm/mmu/mmu.c, `kvm_arch_pre_set_memory_attributes()`, `kvm_unmap_gfn_range()`;
 //! virt/kvm/guest_memfd.c, `kvm_gmem_punch_hole()`.
 //!
@@ -8,13 +8,15 @@
 //! what is behind the frames, then end. Between begin and end faults in the range start over.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use tdx_defs::{Gfn, PAGE_SHIFT, PAGE_SIZE};
+use tdx_defs::{Gfn, Level, PAGE_SHIFT, PAGE_SIZE};
 
 use super::{Mode, Vm};
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
+use crate::memory::slots::Slot;
 use crate::mmu::lock::WriteGuard;
 use crate::mmu::removal::ExternalOp;
 use crate::mmu::role::RootKind;
@@ -22,6 +24,7 @@ use crate::mmu::roots::{Filter, RootTypes};
 use crate::seam::SeamError;
 use crate::sync::lock;
 use crate::tdx::seam::Seam;
+use crate::trace::Event;
 
 /// KVM_MEMORY_ATTRIBUTE_PRIVATE.
 const ATTRIBUTE_PRIVATE: u64 = 8;
@@ -40,7 +43,16 @@ impl Vm {
             let reason = format!("{attributes:#x} has bits beside PRIVATE (8)");
             return Err(VmError::invalid("attributes", reason));
         }
+        if !self.is_td() {
+            let reason = "an ordinary VM has no private memory";
+            return Err(VmError::invalid("attributes", reason));
+        }
         let range = self.page_range(("gpa", "size"), gpa, size)?;
+        self.mmu.tracer.emit(|| Event::VmSetMemAttributes {
+            start: range.start,
+            end: range.end,
+            attributes,
+        });
         let private = attributes == ATTRIBUTE_PRIVATE;
         let _slots = lock(&self.slots_lock);
         self.alive()?;
@@ -67,9 +79,31 @@ impl Vm {
         } else {
             Filter::PRIVATE
         };
-        let zapped = self.zap_ranges(&mut seam, std::slice::from_ref(&range), filter, store);
+        let ends = self.ends_to_mix(&slots, &range);
+        let ranges = std::slice::from_ref(&range);
+        let zapped = self.zap_ranges_within(&mut seam, &ends, ranges, filter, store);
         let counts = self.finish(seam);
         zapped.map(|()| counts).map_err(Into::into)
+    }
+
+    /// The partly covered huge ranges at both ends that become mixed: a fault must not make a
+    /// huge page there meanwhile, though nothing in them is unmapped but what `range` says.
+    fn ends_to_mix(&self, slots: &[Arc<Slot>], range: &Range<u64>) -> Vec<Range<u64>> {
+        let mut ends = Vec::new();
+        for slot in slots {
+            for level in [Level::L2M, Level::L1G] {
+                let pages = level.pages();
+                for gfn in [range.start, range.end - 1] {
+                    let first = gfn - gfn % pages;
+                    let whole = slot.gfns.start <= first && first + pages <= slot.gfns.end;
+                    let part = range.start > first || range.end < first + pages;
+                    if whole && part && !self.is_mixed(Gfn::new(gfn), level) {
+                        ends.push(first..first + pages);
+                    }
+                }
+            }
+        }
+        ends
     }
 
     /// fallocate(FALLOC_FL_PUNCH_HOLE) on a slot's guest_memfd. Returns how many pages went.
@@ -116,35 +150,14 @@ impl Vm {
         Ok((counts, freed))
     }
 
-    /// kvm_unmap_hva_range: the host takes user memory back. Only shared mappings can be meant.
-    pub fn unmap_hva(&self, start: u64, end: u64) -> Result<Counts, VmError> {
+    /// kvm_zap_gfn_range: every mapping of a range goes, shared and private, and comes back with
+    /// the next fault.
+    pub fn zap_gfn_range(&self, gpa: u64, size: u64) -> Result<Counts, VmError> {
+        let range = self.page_range(("gpa", "size"), gpa, size)?;
         self.alive()?;
-        if !start.is_multiple_of(PAGE_SIZE) {
-            return Err(VmError::invalid(
-                "start",
-                format!("{start:#x} is not page aligned"),
-            ));
-        }
-        if !end.is_multiple_of(PAGE_SIZE) || end <= start {
-            let reason = format!("{end:#x} is not a page-aligned address above {start:#x}");
-            return Err(VmError::invalid("end", reason));
-        }
-        let slots = self.slots.all();
-        let hit: Vec<_> = slots
-            .iter()
-            .filter_map(|slot| Some((slot, Self::hva_to_gfns(slot, start, end)?)))
-            .collect();
-        if hit.is_empty() {
-            return Ok(Counts::default());
-        }
-        let ranges: Vec<_> = hit.iter().map(|(_, gfns)| gfns.clone()).collect();
         let mut seam = self.seam(0);
-        let zapped = self.zap_ranges(&mut seam, &ranges, Filter::SHARED, || {
-            for (slot, gfns) in &hit {
-                slot.user
-                    .punch(gfns.start - slot.gfns.start..gfns.end - slot.gfns.start);
-            }
-        });
+        let ranges = std::slice::from_ref(&range);
+        let zapped = self.zap_ranges(&mut seam, ranges, Filter::BOTH, || {});
         let counts = self.finish(seam);
         zapped.map(|()| counts).map_err(Into::into)
     }
@@ -157,11 +170,23 @@ impl Vm {
         filter: Filter,
         change: impl FnOnce(),
     ) -> Result<(), SeamError> {
+        self.zap_ranges_within(seam, &[], ranges, filter, change)
+    }
+
+    /// The same, and faults in `around` start over, too.
+    fn zap_ranges_within(
+        &self,
+        seam: &mut Seam<'_>,
+        around: &[Range<u64>],
+        ranges: &[Range<u64>],
+        filter: Filter,
+        change: impl FnOnce(),
+    ) -> Result<(), SeamError> {
         let mut held = self.mmu.lock.write();
         self.invalidation.begin(&held);
         let types = self.mmu.filter_to_root_types(filter);
         let mut unmapped = Ok(false);
-        for range in ranges {
+        for range in ranges.iter().chain(around) {
             self.invalidation.range_add(&held, range);
         }
         for range in ranges {

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use tdx_defs::{GpaLayout, Gpaw, Leaf, TdParams, field};
+use tdx_defs::{Gpaw, Leaf, TdParams, field};
 
 use super::{Vm, VmConfig};
 use crate::bugs::Check;
@@ -12,7 +12,8 @@ use crate::counts::Counts;
 use crate::error::VmError;
 use crate::host::Host;
 use crate::mmu::Mmu;
-use crate::seam::{SeamError, SeamPort};
+use crate::mmu::layout::{Layout, VmKind};
+use crate::seam::{Batch, SeamError, SeamPort, Ticket};
 use crate::sync::{Mutex, lock};
 use crate::tdx::calls;
 use crate::tdx::lifecycle::{self, expect, out_of_memory};
@@ -25,29 +26,49 @@ const CONFIG_FLAGS_PRESERVE_RBP: u64 = 1 << 2;
 const TSC_25MHZ: u16 = 100;
 
 impl Vm {
-    /// KVM_CREATE_VM and KVM_TDX_INIT_VM in one.
+    /// An ordinary VM, whatever `config.kind` says: no module is needed.
+    pub fn create_ordinary(host: Arc<Host>, config: VmConfig) -> Result<Self, VmError> {
+        if config.max_vcpus == 0 {
+            return Err(VmError::invalid("max_vcpus", "a VM needs at least one"));
+        }
+        let config = VmConfig {
+            kind: VmKind::Ordinary,
+            ..config
+        };
+        Ok(Self::new(host, Arc::new(NoModule), config))
+    }
+
+    /// KVM_CREATE_VM and, for a TD, KVM_TDX_INIT_VM in one.
     pub fn create(
         host: Arc<Host>,
         port: Arc<dyn SeamPort>,
         config: VmConfig,
     ) -> Result<(Self, Counts), VmError> {
         let vm = Self::new(host, port, config);
-        let counts = vm.init()?;
+        let counts = match vm.is_td() {
+            true => vm.init()?,
+            false => Counts::default(),
+        };
         Ok((vm, counts))
     }
 
-    /// KVM_CREATE_VM: a VM that is no TD yet. The module does not hear of it.
+    /// KVM_CREATE_VM: an ordinary VM, or one that is to be a TD. The module does not hear of it.
     pub fn new(host: Arc<Host>, port: Arc<dyn SeamPort>, config: VmConfig) -> Self {
-        // Model: the guest's address width comes with the VM, not with KVM_TDX_INIT_VM, so that
-        // one description says all there is to know of it.
-        let layout = GpaLayout::new(config.gpaw);
+        // A VM with private memory has no SMM address space.
+        let (td, address_spaces) = match config.kind {
+            VmKind::Td => (Td::new(), 1),
+            VmKind::Ordinary => (Td::none(), 2),
+        };
         Self {
-            td: Td::new(),
-            mmu: Mmu::new(layout),
+            td,
+            // Model: the guest's address width comes with the VM, not with KVM_TDX_INIT_VM, so
+            // that one description says all there is to know of it.
+            mmu: Mmu::new(Layout::new(config.gpaw, config.kind)),
             host,
             port,
+            nx_huge_pages: super::AtomicBool::new(config.nx_huge_pages),
             config,
-            slots: super::Slots::default(),
+            slots: super::Slots::new(address_spaces),
             slots_lock: Mutex::default(),
             private: Mutex::default(),
             gmem_lock: Mutex::default(),
@@ -57,6 +78,8 @@ impl Vm {
             counts: Mutex::default(),
             leaked: super::AtomicU64::new(0),
             destroyed: super::AtomicBool::new(false),
+            tracked: super::WriteTracked::default(),
+            valid_gen: super::AtomicU32::new(0),
         }
     }
 
@@ -66,6 +89,9 @@ impl Vm {
         let _slots = lock(&self.slots_lock);
         self.alive()?;
         self.needs("KVM_TDX_INIT_VM", TdState::Uninitialized)?;
+        if self.config.pml {
+            return Err(VmError::invalid("pml", "a TD has no page modification log"));
+        }
         let params = td_params(&self.host, &self.config)?;
         if self.td.hkid().is_some() {
             return Err(VmError::Dead {
@@ -174,6 +200,17 @@ impl Vm {
             word.copy_from_slice(&result.r8.to_le_bytes());
         }
         Ok(mrtd)
+    }
+}
+
+/// An ordinary VM has nothing to tell a module.
+struct NoModule;
+
+impl SeamPort for NoModule {
+    fn submit(&self, _batch: Batch) -> Ticket {
+        Ticket::ready(Err(SeamError::NotSent {
+            reason: "an ordinary VM has no module".into(),
+        }))
     }
 }
 

@@ -42,7 +42,7 @@ impl Vm {
         let mut seam = Seam::new(&*self.port, mode, 0);
         let torn = self.tear_down(&mut seam, &vcpus, &mut runs);
         self.free_tables(&mut seam, torn.is_err());
-        if torn.is_ok() {
+        if torn.is_ok() && self.is_td() {
             self.free_control_pages(&mut seam);
         }
         for page in self.mmu.drain_external() {
@@ -78,6 +78,11 @@ impl Vm {
                 || {},
             )?;
         }
+        if !self.is_td() {
+            self.zap_direct();
+            runs.iter_mut().for_each(|run| self.put_roots(run));
+            return Ok(());
+        }
         let associated: Vec<(Pfn, u32)> = vcpus
             .iter()
             .zip(runs.iter())
@@ -90,7 +95,7 @@ impl Vm {
         // mmu notifier release: user memory goes with its process.
         self.zap_direct();
         for run in runs {
-            self.destroy_mmu(run);
+            self.put_roots(run);
             let mut pages = std::mem::take(&mut run.pages);
             if self.td.hkid().is_some() {
                 self.leaked.fetch_add(pages.len() as u64, Ordering::Relaxed);

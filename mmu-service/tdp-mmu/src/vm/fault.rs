@@ -4,16 +4,17 @@
 
 use std::sync::Arc;
 
-use tdx_defs::Visibility;
+use tdx_defs::{Gfn, Pfn, Visibility};
 
 use super::faulting::Faulting;
 use super::vcpu::{Run, Vcpu};
-use super::wanted::Ended;
+use super::wanted::Mapping;
 use super::{Fault, FaultOutcome, FaultReport, FaultsReport, RetPf, Vm};
 use crate::error::VmError;
 use crate::mmu::arena::TableId;
 use crate::mmu::role::RootKind;
 use crate::sync::{MutexGuard, lock};
+use crate::tdx::lifecycle::out_of_memory;
 use crate::tdx::seam::Seam;
 use crate::tdx::td::TdState;
 
@@ -24,6 +25,7 @@ impl Vm {
         let mut run = lock(&vcpu.run);
         let roots = self.enter(&vcpu, &mut run)?;
         let wanted = self.wanted(0, fault)?;
+        self.trace_fault(vcpu_id, fault, &wanted);
         let root = match wanted.visibility {
             Visibility::Private => RootKind::Mirror,
             Visibility::Shared => RootKind::Direct,
@@ -33,18 +35,22 @@ impl Vm {
         faulting.finish();
         let ended = faulting.ended.pop();
         let mut seam = leave(&mut run, faulting);
-        let Some(Ended { result, pfn, .. }) = ended else {
+        let Some(ended) = ended else {
             // Every pushed access ends in finish().
             return Err(VmError::Dead {
                 reason: "the fault was lost".into(),
             });
         };
-        let ret_pf = result?;
+        let level = ended.level();
+        let ret_pf = ended.result?;
         Ok(FaultReport {
             ret_pf,
             root,
-            level: Self::level_of(ret_pf),
-            pfn: pfn.or_else(|| self.mapped_pfn(roots, wanted.gfn, root)),
+            level: matches!(ret_pf, RetPf::Fixed | RetPf::Spurious).then_some(level),
+            pfn: ended
+                .at
+                .map(Mapping::pfn)
+                .or_else(|| self.mapped_pfn(roots, wanted.gfn, root)),
             seamcalls: seam.take_trace(),
             counts: seam.counts,
         })
@@ -59,7 +65,10 @@ impl Vm {
         let mut faulting = Faulting::new(self, &vcpu, roots, self.seam(vcpu.lp));
         for (index, &fault) in faults.iter().enumerate() {
             match self.wanted(index, fault) {
-                Ok(wanted) => faulting.push(wanted),
+                Ok(wanted) => {
+                    self.trace_fault(vcpu_id, fault, &wanted);
+                    faulting.push(wanted);
+                }
                 Err(error) => report.add(index, Err(error)),
             }
         }
@@ -76,7 +85,7 @@ impl Vm {
         &self,
         vcpu: &Arc<Vcpu>,
         run: &mut MutexGuard<'_, Run>,
-    ) -> Result<(TableId, TableId), VmError> {
+    ) -> Result<Roots, VmError> {
         self.alive()?;
         self.needs("KVM_RUN", TdState::Runnable)?;
         self.initialized(vcpu, run, "KVM_RUN")?;
@@ -88,27 +97,33 @@ impl Vm {
         &self,
         vcpu: &Vcpu,
         run: &mut MutexGuard<'_, Run>,
-    ) -> Result<(TableId, TableId), VmError> {
+    ) -> Result<Roots, VmError> {
         self.reload(vcpu, run)?;
         run.root
-            .zip(run.mirror_root)
-            .ok_or_else(|| crate::tdx::lifecycle::out_of_memory(&self.host))
+            .map(|direct| Roots {
+                direct,
+                mirror: run.mirror_root,
+            })
+            .ok_or_else(|| out_of_memory(&self.host))
     }
 
-    fn mapped_pfn(
-        &self,
-        (direct, mirror): (TableId, TableId),
-        gfn: tdx_defs::Gfn,
-        root: RootKind,
-    ) -> Option<tdx_defs::Pfn> {
+    fn mapped_pfn(&self, roots: Roots, gfn: Gfn, root: RootKind) -> Option<Pfn> {
         let _rcu = crossbeam_epoch::pin();
-        let root = if root == RootKind::Direct {
-            direct
-        } else {
-            mirror
+        let root = match root {
+            RootKind::Direct => roots.direct,
+            RootKind::Mirror => roots.mirror?,
         };
-        self.mmu.leaf_pfn(&self.mmu.last(root, gfn)?)
+        let step = self.mmu.last(root, gfn)?;
+        let first = self.mmu.leaf_pfn(&step)?;
+        Some(first.offset(gfn.get() % step.level.pages()))
     }
+}
+
+/// The roots that a vCPU has loaded; an ordinary VM has no mirror root.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Roots {
+    pub(super) direct: TableId,
+    pub(super) mirror: Option<TableId>,
 }
 
 /// Ends the faults of an operation: what they did goes to the vCPU.

@@ -14,22 +14,27 @@
 
 use std::collections::VecDeque;
 
-use tdx_defs::{CompletionStatus, Gfn, Leaf, Level, Pfn, Visibility};
+use tdx_defs::{CompletionStatus, Gfn, Leaf, Level, Visibility};
 
+use super::fault::Roots;
+use super::mmio::Mmio;
 use super::resolve::{Early, Page, Resolved};
 use super::vcpu::Vcpu;
-use super::wanted::{Ended, Wanted};
+use super::wanted::{Ended, Mapping, Wanted};
 use super::{Mode, RetPf, Vm, spans};
 use crate::error::VmError;
+use crate::memory::slots::Slot;
 use crate::mmu::arena::TableId;
-use crate::mmu::direct::Installed;
+use crate::mmu::direct::{DirectFault, Installed, Target};
+use crate::mmu::fast::Fast;
 use crate::mmu::lock::ReadGuard;
 use crate::mmu::mirror::{Begin, Depth, Extended, Unit};
-use crate::mmu::spte::{self, LeafTraits};
+use crate::mmu::spte::{self, DirectTraits, LeafTraits};
 use crate::sync::thread;
 use crate::tdx::install::Sent;
 use crate::tdx::lifecycle::out_of_memory;
 use crate::tdx::seam::Seam;
+use crate::trace::Event;
 
 /// Local retries of one fault before the vCPU loop gets it back.
 const MAX_TRIES: u32 = if cfg!(feature = "shuttle") {
@@ -48,9 +53,9 @@ const MAX_OPS: usize = 4096;
 
 /// What one pass over a fault came to.
 enum Pass {
-    Ended(Result<RetPf, VmError>, Option<Pfn>),
-    /// #VE in the guest: no exit, nothing to count.
-    Raised,
+    Ended(Result<RetPf, VmError>, Option<Mapping>),
+    /// Emulated without a look at the tables (or #VE in the guest): nothing to count.
+    Uncounted,
     /// Its entry is held; the module's answer ends it.
     Held,
     /// Start over at once.
@@ -76,8 +81,7 @@ struct Flight<'a> {
 pub(super) struct Faulting<'a> {
     vm: &'a Vm,
     vcpu: &'a Vcpu,
-    direct: TableId,
-    mirror: TableId,
+    roots: Roots,
     pub(super) seam: Seam<'a>,
     held: Option<ReadGuard<'a>>,
     units: Vec<Unit<'a>>,
@@ -92,17 +96,11 @@ pub(super) struct Faulting<'a> {
 }
 
 impl<'a> Faulting<'a> {
-    pub(super) fn new(
-        vm: &'a Vm,
-        vcpu: &'a Vcpu,
-        (direct, mirror): (TableId, TableId),
-        seam: Seam<'a>,
-    ) -> Self {
+    pub(super) fn new(vm: &'a Vm, vcpu: &'a Vcpu, roots: Roots, seam: Seam<'a>) -> Self {
         Self {
             vm,
             vcpu,
-            direct,
-            mirror,
+            roots,
             seam,
             held: None,
             units: Vec::new(),
@@ -142,17 +140,10 @@ impl<'a> Faulting<'a> {
         while let Some((wanted, tries)) = self.todo.pop_front() {
             match self.pass(wanted, tries) {
                 Pass::Held => {}
-                Pass::Raised => {
-                    let Wanted { index, gfn, .. } = wanted;
-                    let result = Ok(RetPf::Emulate);
-                    self.ended.push(Ended {
-                        index,
-                        gfn,
-                        result,
-                        pfn: None,
-                    });
+                Pass::Uncounted => {
+                    self.ended.push(ended(&wanted, Ok(RetPf::Emulate), None));
                 }
-                Pass::Ended(result, pfn) => self.end(wanted, result, pfn),
+                Pass::Ended(result, at) => self.end(wanted, result, at),
                 Pass::Again | Pass::Wait if tries + 1 >= MAX_TRIES => {
                     self.give_up(wanted, tries + 1);
                 }
@@ -182,34 +173,27 @@ impl<'a> Faulting<'a> {
         self.held = None;
     }
 
-    /// Whether the access meets a valid MMIO SPTE: the processor raises #VE in the guest, and KVM
-    /// does not hear of it.
-    fn raises_ve(&self, wanted: &Wanted) -> bool {
-        if wanted.visibility != Visibility::Shared || wanted.prefetch {
-            return false;
-        }
-        let _rcu = crossbeam_epoch::pin();
-        let found = self.vm.mmu.last(self.direct, wanted.gfn);
-        found.is_some_and(|at| at.level == Level::L4K && at.spte == self.vm.mmio_spte(wanted.gfn))
-    }
-
-    fn end(&mut self, wanted: Wanted, result: Result<RetPf, VmError>, pfn: Option<Pfn>) {
+    fn end(&mut self, wanted: Wanted, result: Result<RetPf, VmError>, at: Option<Mapping>) {
+        let mut result = result;
         let counts = &mut self.seam.counts;
         if !wanted.prefetch {
             match &result {
                 Ok(RetPf::Fixed) => counts.pf_fixed += 1,
                 Ok(RetPf::Spurious) => counts.pf_spurious += 1,
                 Ok(RetPf::Emulate) => counts.pf_emulate += 1,
+                // kvm_mmu_write_protect_fault: what somebody tracks is emulated.
+                Ok(RetPf::WriteProtected) => result = Ok(RetPf::Emulate),
                 _ => {}
             }
         }
-        let Wanted { index, gfn, .. } = wanted;
-        self.ended.push(Ended {
-            index,
-            gfn,
-            result,
-            pfn,
-        });
+        self.ended.push(ended(&wanted, result, at));
+    }
+
+    /// What the processor and the MMIO entries decide before the fault is one.
+    #[inline(never)]
+    fn is_mmio(&self, wanted: &Wanted) -> bool {
+        !wanted.prefetch
+            && self.vm.meet_mmio(self.vcpu, self.roots.direct, wanted.gfn) != Mmio::Fault
     }
 
     /// One pass of the fault handler.
@@ -220,13 +204,21 @@ impl<'a> Faulting<'a> {
         if self.held.is_some() && self.vm.mmu.lock.is_wanted() {
             self.let_the_writer_in();
         }
-        if self.raises_ve(&wanted) {
-            return Pass::Raised;
+        // A fault that starts over has left the processor's part behind.
+        let is_shared = wanted.visibility == Visibility::Shared;
+        if is_shared && tries == 0 && self.is_mmio(&wanted) {
+            return Pass::Uncounted;
         }
         if !wanted.prefetch {
             self.seam.counts.pf_taken += 1;
         }
-        if let Some(installed) = self.fast(&wanted) {
+        if wanted.present && wanted.access.write && self.vm.tracked.contains(wanted.gfn) {
+            return Pass::Ended(Ok(RetPf::WriteProtected), None);
+        }
+        if is_shared
+            && wanted.present
+            && let Some(installed) = self.fast(&wanted)
+        {
             return installed;
         }
         let resolved = match self.vm.resolve(&wanted) {
@@ -234,11 +226,12 @@ impl<'a> Faulting<'a> {
             Err(Early::Ret(RetPf::Retry)) => return Pass::Wait,
             Err(Early::Ret(ret_pf)) => return Pass::Ended(Ok(ret_pf), None),
             Err(Early::Error(error)) => return Pass::Ended(Err(error), None),
+            Err(Early::CopyOnWrite(slot)) => return self.copy_on_write(&slot, wanted.gfn),
         };
         if self.held.is_none() {
             self.held = Some(self.vm.mmu.lock.read(self.vcpu.id));
         }
-        if self.vm.mmu.is_obsolete(self.direct) {
+        if self.vm.mmu.is_obsolete(self.roots.direct) {
             // Only the vCPU loop can load another root.
             return Pass::Ended(Ok(RetPf::Retry), None);
         }
@@ -247,111 +240,182 @@ impl<'a> Faulting<'a> {
         }
         match (wanted.visibility, resolved.page) {
             (Visibility::Shared, _) => self.map_shared(&wanted, &resolved),
-            (Visibility::Private, Some(page)) => self.map_private(wanted, page, tries),
+            (Visibility::Private, Some(page)) => match self.roots.mirror {
+                Some(mirror) => self.map_private(wanted, page, tries, mirror),
+                None => Pass::Ended(Ok(RetPf::Invalid), None),
+            },
             // resolve() refuses a private frame without a slot.
             (Visibility::Private, None) => Pass::Ended(Ok(RetPf::Invalid), None),
         }
     }
 
     /// page_fault_can_be_fast, fast_page_fault: present write faults of shared memory only.
+    #[inline(never)]
     fn fast(&mut self, wanted: &Wanted) -> Option<Pass> {
-        let eligible = wanted.visibility == Visibility::Shared
-            && wanted.present
-            && wanted.access.write
-            && !wanted.prefetch;
-        if !eligible {
+        if !wanted.access.write || wanted.prefetch {
             return None;
         }
         let slot = self.vm.slots.find(wanted.gfn);
         if self.vm.is_private(slot.as_deref(), wanted.gfn) {
             return None;
         }
+        let logged = slot.as_ref().is_some_and(|slot| slot.log.is_on());
         let _rcu = crossbeam_epoch::pin();
-        let ret_pf = match self.vm.mmu.fast_page_fault(self.direct, wanted.gfn)? {
-            Installed::Fixed => RetPf::Fixed,
-            Installed::Spurious => RetPf::Spurious,
-            Installed::Retry | Installed::NoMemory => return None,
+        let mmu = &self.vm.mmu;
+        let fast = mmu.fast_page_fault(self.roots.direct, wanted.gfn, wanted.access, logged);
+        self.trace_fast(wanted, &fast);
+        let (ret_pf, step) = match fast {
+            Fast::Fixed(step) => {
+                if let Some(slot) = &slot {
+                    slot.log.mark(slot.offset(wanted.gfn));
+                    // A log that began since the slot was looked at: the leaf is too large for it.
+                    // The kernel lets no log begin while a fault has the slot (SRCU).
+                    if step.level > Level::L4K && slot.log.is_on() {
+                        mmu.take_write_back(&step);
+                        return None;
+                    }
+                }
+                (RetPf::Fixed, step)
+            }
+            Fast::Spurious(step) => (RetPf::Spurious, step),
+            Fast::Invalid(_) => return None,
         };
         self.seam.counts.pf_fast += 1;
-        Some(Pass::Ended(Ok(ret_pf), None))
+        let inside = wanted.gfn.get() % step.level.pages();
+        let page = spte::pfn(step.spte).offset(inside);
+        Some(Pass::Ended(
+            Ok(ret_pf),
+            Some(Mapping::new(page, step.level)),
+        ))
     }
 
+    fn trace_fast(&self, wanted: &Wanted, fast: &Fast) {
+        self.vm.mmu.tracer.emit(|| {
+            let (step, fixed, spurious) = match *fast {
+                Fast::Fixed(step) => (Some(step), true, false),
+                Fast::Spurious(step) => (Some(step), false, true),
+                Fast::Invalid(step) => (step, false, false),
+            };
+            let old_spte = step.map_or(0, |step| step.spte);
+            let direct_bits = Gfn::new(self.vm.mmu.layout.direct_bits()).base().get();
+            Event::FastPageFault {
+                vcpu: self.vcpu.id,
+                gva: wanted.gfn.base().get() | direct_bits | u64::from(wanted.offset),
+                error_code: wanted.error_code(),
+                sptep: step.map_or(0, |step| step.slot.hpa()),
+                old_spte,
+                new_spte: old_spte | if fixed { spte::WRITE } else { 0 },
+                spurious,
+                fixed,
+            }
+        });
+    }
+
+    /// The host copies the page before the guest may write it, which takes it away from the guest
+    /// first. The guest faults again, with another qualification.
+    #[cold]
+    fn copy_on_write(&mut self, slot: &Slot, gfn: Gfn) -> Pass {
+        self.let_the_writer_in();
+        let copied = self.vm.copy_on_write(&mut self.seam, slot, gfn);
+        Pass::Ended(copied.map(|()| RetPf::Retry), None)
+    }
+
+    #[inline(never)]
     fn map_shared(&mut self, wanted: &Wanted, resolved: &Resolved) -> Pass {
-        let Wanted {
-            gfn,
-            access,
-            prefetch,
-            ..
-        } = *wanted;
-        let new = match resolved.page {
-            Some(page) => spte::leaf_4k(
-                page.pfn,
-                LeafTraits {
+        let Wanted { gfn, .. } = *wanted;
+        let vm = self.vm;
+        let behind = resolved.page.zip(resolved.slot.as_deref());
+        let (target, req_level) = match behind {
+            Some((page, slot)) => (
+                Target::Page {
+                    pfn: page.pfn,
                     map_writable: page.map_writable,
-                    prefetch,
                 },
+                vm.req_level(slot, gfn),
             ),
-            None => self.vm.mmio_spte(gfn),
+            None => {
+                let spte = vm.mmio_spte(gfn, resolved.generation);
+                self.vcpu.mmio.set(gfn, resolved.generation);
+                (Target::Mmio { spte }, Level::L4K)
+            }
         };
-        let pfn = resolved.page.map(|page| page.pfn);
-        match self
-            .vm
-            .mmu
-            .map_direct(self.direct, gfn, new, access, prefetch)
+        let fault = DirectFault {
+            gfn,
+            access: wanted.access,
+            prefetch: wanted.prefetch,
+            req_level,
+            target,
+            traits: DirectTraits {
+                ignore_pat: !vm.is_td(),
+                nx_huge_pages: vm.nx_huge_pages(),
+                write_tracked: behind.is_some() && vm.tracked.contains(gfn),
+            },
+        };
+        let mapped = vm.mmu.map_direct(self.roots.direct, &fault);
+        self.seam.counts.flushes += u64::from(mapped.flush);
+        if let Some((_, slot)) = behind
+            && mapped.spte.is_some_and(|spte| spte & spte::WRITE != 0)
         {
-            Installed::NoMemory => Pass::Ended(Err(out_of_memory(&self.vm.host)), None),
-            Installed::Retry => Pass::Wait,
-            Installed::Spurious if pfn.is_some() => Pass::Ended(Ok(RetPf::Spurious), pfn),
-            Installed::Fixed if pfn.is_some() => {
-                self.seam.counts.pages_mapped += 1;
-                Pass::Ended(Ok(RetPf::Fixed), pfn)
-            }
-            installed => {
-                let new = installed == Installed::Fixed;
-                self.seam.counts.pf_mmio_spte_created += u64::from(new);
-                Pass::Ended(Ok(RetPf::Emulate), None)
-            }
+            // A leaf that is writable from the start never faults for the log.
+            slot.log.mark(slot.offset(gfn));
         }
+        let at = behind.map(|(page, _)| Mapping::new(page.pfn, mapped.level));
+        let ret_pf = match mapped.installed {
+            Installed::NoMemory => return Pass::Ended(Err(out_of_memory(&vm.host)), None),
+            Installed::Retry => return Pass::Wait,
+            Installed::Spurious => RetPf::Spurious,
+            Installed::WriteProtected => RetPf::WriteProtected,
+            Installed::Fixed => {
+                self.seam.counts.pages_mapped += 1;
+                RetPf::Fixed
+            }
+            Installed::Mmio => {
+                self.seam.counts.pf_mmio_spte_created += 1;
+                RetPf::Emulate
+            }
+        };
+        Pass::Ended(Ok(ret_pf), at)
     }
 
-    fn map_private(&mut self, wanted: Wanted, page: Page, tries: u32) -> Pass {
+    fn map_private(&mut self, wanted: Wanted, page: Page, tries: u32, mirror: TableId) -> Pass {
         let traits = LeafTraits {
             map_writable: page.map_writable,
             prefetch: wanted.prefetch,
         };
         let leaf = spte::leaf_4k(page.pfn, traits);
+        self.vm.mmu.trace_private_request(wanted.gfn, page.pfn);
         if !self.vm.mmu.top_up_external(|| self.vm.host.memory.page()) {
             return Pass::Ended(Err(out_of_memory(&self.vm.host)), None);
         }
         match self.vm.config.mode {
-            Mode::Kernel => self.map_now(&wanted, leaf, tries),
-            Mode::Batched => self.map_later(wanted, leaf, tries),
+            Mode::Kernel => self.map_now(&wanted, leaf, tries, mirror),
+            Mode::Batched => self.map_later(wanted, leaf, tries, mirror),
         }
     }
 
-    fn begin(&self, gfn: Gfn, leaf: u64, depth: Depth) -> Begin<'a> {
+    fn begin(&self, mirror: TableId, gfn: Gfn, leaf: u64, depth: Depth) -> Begin<'a> {
         if self.seam.is_traced() {
-            spans::begin(&self.vm.mmu, self.mirror, gfn, leaf, depth)
+            spans::begin(&self.vm.mmu, mirror, gfn, leaf, depth)
         } else {
-            self.vm.mmu.begin(self.mirror, gfn, leaf, depth)
+            self.vm.mmu.begin(mirror, gfn, leaf, depth)
         }
     }
 
     fn hit(&mut self, spte: u64) -> Pass {
         self.seam.counts.mirror_hits += 1;
-        Pass::Ended(Ok(RetPf::Spurious), Some(spte::pfn(spte)))
+        Pass::Ended(Ok(RetPf::Spurious), Some(Mapping::small(spte)))
     }
 
     /// kvm_tdp_mmu_map as the kernel runs it: one entry, one call, one after the other.
-    fn map_now(&mut self, wanted: &Wanted, leaf: u64, tries: u32) -> Pass {
+    fn map_now(&mut self, wanted: &Wanted, leaf: u64, tries: u32, mirror: TableId) -> Pass {
         let hooks = self.vm.hooks();
         let mut called = false;
         loop {
-            let unit = match self.begin(wanted.gfn, leaf, Depth::One) {
+            let unit = match self.begin(mirror, wanted.gfn, leaf, Depth::One) {
                 Begin::Held(unit) => unit,
                 Begin::Mapped { spte } if !called => return self.hit(spte),
                 Begin::Mapped { spte } => {
-                    return Pass::Ended(Ok(RetPf::Spurious), Some(spte::pfn(spte)));
+                    return Pass::Ended(Ok(RetPf::Spurious), Some(Mapping::small(spte)));
                 }
                 Begin::Frozen | Begin::Lost => return Pass::Wait,
                 Begin::NoMemory => return self.no_memory(tries),
@@ -367,7 +431,7 @@ impl<'a> Faulting<'a> {
                 }
                 Ok(_) if is_leaf => {
                     self.seam.counts.pages_mapped += 1;
-                    return Pass::Ended(Ok(RetPf::Fixed), Some(spte::pfn(leaf)));
+                    return Pass::Ended(Ok(RetPf::Fixed), Some(Mapping::small(leaf)));
                 }
                 Ok(_) => {}
             }
@@ -375,7 +439,7 @@ impl<'a> Faulting<'a> {
     }
 
     /// Holds the entries and leaves the call for a message that others share.
-    fn map_later(&mut self, wanted: Wanted, leaf: u64, tries: u32) -> Pass {
+    fn map_later(&mut self, wanted: Wanted, leaf: u64, tries: u32, mirror: TableId) -> Pass {
         for at in (0..self.units.len()).rev().take(MAX_UNITS) {
             match self.units[at].extend(wanted.gfn, leaf) {
                 Extended::Added => return self.hold(wanted, tries, at),
@@ -388,7 +452,7 @@ impl<'a> Faulting<'a> {
         if full || self.ops >= MAX_OPS - 8 {
             self.send();
         }
-        match self.begin(wanted.gfn, leaf, Depth::Chain) {
+        match self.begin(mirror, wanted.gfn, leaf, Depth::Chain) {
             Begin::Held(unit) => {
                 self.ops += unit.links();
                 self.units.push(unit);
@@ -498,5 +562,15 @@ impl<'a> Faulting<'a> {
             None => Ok(RetPf::Retry),
         };
         self.end(wanted, result, None);
+    }
+}
+
+#[inline]
+fn ended(wanted: &Wanted, result: Result<RetPf, VmError>, at: Option<Mapping>) -> Ended {
+    Ended {
+        index: wanted.index,
+        gfn: wanted.gfn,
+        result,
+        at,
     }
 }

@@ -49,7 +49,8 @@ impl Vm {
         self.needs("KVM_TDX_INIT_MEM_REGION", TdState::Initialized)?;
         self.initialized(&vcpu, &run, "KVM_TDX_INIT_MEM_REGION")?;
         let pages = self.image_pages(&range)?;
-        let (_, mirror) = self.roots_of(&vcpu, &mut run)?;
+        let roots = self.roots_of(&vcpu, &mut run)?;
+        let mirror = roots.mirror.ok_or_else(|| out_of_memory(&self.host))?;
         let mut seam = self.seam(vcpu.lp);
         let _population = lock(&self.gmem_lock);
         let outcome = match region.measure {
@@ -171,6 +172,7 @@ impl<'a> Image<'a> {
         if !vm.mmu.top_up_external(|| vm.host.memory.page()) {
             return Err(out_of_memory(&vm.host));
         }
+        vm.mmu.trace_private_request(gfn, pfn);
         match vm.mmu.begin(self.mirror, gfn, image_leaf(pfn), depth) {
             Begin::Held(unit) => Ok(Some(unit)),
             Begin::Mapped { .. } => Err(VmError::AlreadyMapped(gfn.base())),

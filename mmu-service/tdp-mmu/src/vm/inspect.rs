@@ -13,6 +13,7 @@ use crate::mmu::spte::{self, SpteKind};
 use crate::sync::lock;
 use crate::tdx::calls;
 use crate::tdx::seam::Seam;
+use crate::trace::Event;
 
 impl Vm {
     /// The entries on the path to an address; with `module`, also what TDH.MEM.SEPT.RD says.
@@ -171,6 +172,7 @@ impl Vm {
         };
         let [pages_4k, pages_2m, pages_1g] = self.mmu.pages();
         VmInfo {
+            kind: self.config.kind,
             state,
             reason: bugs.is_dead().then(|| bugs.reason()).flatten(),
             gpaw: self.mmu.layout.gpaw(),
@@ -199,8 +201,22 @@ impl Vm {
             pages_4k,
             pages_2m,
             pages_1g,
+            nx_lpage_splits: self.mmu.nx_tables(),
             page_table_bytes: self.mmu.arena.bytes(),
         }
+    }
+
+    /// Records the tracepoints of this VM, at most `limit` events ([`MAX_EVENTS`] in any case):
+    /// when there are more, the oldest go. 0 ends it.
+    ///
+    /// [`MAX_EVENTS`]: crate::MAX_EVENTS
+    pub fn trace(&self, limit: usize) {
+        self.mmu.tracer.set_limit(limit);
+    }
+
+    /// The events recorded since the last time, oldest first, and how many were lost.
+    pub fn take_events(&self) -> (Vec<Event>, u64) {
+        self.mmu.tracer.take()
     }
 
     /// A memory error hits a guest_memfd page: further faults on it exit.

@@ -1,4 +1,5 @@
-//! A TDX guest as its host sees it: `struct kvm` and `struct kvm_tdx` in one.
+//! A guest as its host sees it: `struct kvm` and `struct kvm_tdx` in one. An ordinary VM has no
+//! mirror root and makes no call.
 //!
 //! Each file is one group of entry points; the types that callers see are in `types`.
 //!
@@ -10,11 +11,15 @@ mod audit;
 mod convert;
 mod create;
 mod destroy;
+mod dirty;
 mod fault;
 mod faulting;
+mod hva;
 mod image;
 mod inspect;
+mod level;
 mod map_gpa;
+mod mmio;
 mod prefault;
 mod resolve;
 mod roots;
@@ -38,19 +43,20 @@ use crate::memory::invalidate::Invalidation;
 use crate::memory::slots::Slots;
 use crate::mmu::Mmu;
 use crate::seam::SeamPort;
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::tdx::remove::Hooks;
 use crate::tdx::seam::Seam;
 use crate::tdx::td::{Td, TdState};
+use level::WriteTracked;
 pub use run::{RunExit, RunReport, RunRequest};
 pub use types::{
-    AuditReport, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure, Mismatch,
-    Mode, RetPf, RootInfo, Stats, TreeEntry, VmConfig, VmInfo, Walk, WalkEntry,
+    AuditReport, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure,
+    Mismatch, Mode, RetPf, RootInfo, Stats, TreeEntry, VmConfig, VmInfo, Walk, WalkEntry,
 };
 use vcpu::Vcpu;
 
-/// A TDX guest.
+/// A TDX guest, or an ordinary one.
 pub struct Vm {
     host: Arc<Host>,
     port: Arc<dyn SeamPort>,
@@ -74,6 +80,12 @@ pub struct Vm {
     /// Pages that never came back.
     leaked: AtomicU64,
     destroyed: AtomicBool,
+    /// `nx_huge_pages` of this VM.
+    nx_huge_pages: AtomicBool,
+    /// Frames whose writes somebody tracks.
+    tracked: WriteTracked,
+    /// `mmu_valid_gen`, which a fast zap flips.
+    valid_gen: AtomicU32,
 }
 
 impl Vm {
@@ -102,6 +114,11 @@ impl Vm {
             bugs: &self.mmu.bugs,
             hkid_shift: self.host.platform().hkid_shift(),
         }
+    }
+
+    /// Whether the VM is a TD.
+    fn is_td(&self) -> bool {
+        self.mmu.layout.is_td()
     }
 
     /// EIO for every ioctl of a dead VM.

@@ -4,10 +4,12 @@
 //! `kvm_arch_vcpu_pre_fault_memory()`. Prefault counts no fault; leaves are made with
 //! "accessed" clear.
 
+use std::ops::Range;
+
 use tdx_defs::{Gfn, PAGE_SHIFT, PAGE_SIZE, Visibility};
 
 use super::faulting::Faulting;
-use super::wanted::Wanted;
+use super::wanted::{GuestWalk, Wanted};
 use super::{RetPf, Vm};
 use crate::counts::Counts;
 use crate::error::VmError;
@@ -39,18 +41,30 @@ impl Vm {
         let roots = self.enter(&vcpu, &mut run)?;
         let mut faulting = Faulting::new(self, &vcpu, roots, self.seam(vcpu.lp));
         let mut done = Done::default();
-        for (index, gfn) in range.clone().enumerate() {
-            faulting.push(self.prefetch(index, Gfn::new(gfn)));
-            done.collect(&mut faulting);
+        let mut gfn = range.start;
+        while gfn < range.end {
+            let index = usize::try_from(gfn - range.start).unwrap_or(usize::MAX);
+            let wanted = self.prefetch(index, Gfn::new(gfn));
+            faulting.push(wanted);
+            // A fault on shared memory has ended by now: a huge page is done up to its end.
+            let next = match faulting.ended.last() {
+                Some(ended) if ended.index == index => {
+                    Gfn::new(gfn).align_down(ended.level().pages()).get() + ended.level().pages()
+                }
+                _ => gfn + 1,
+            };
+            let next = next.min(range.end);
+            done.collect(&mut faulting, range.start..range.end);
             if done.failed.is_some() {
                 break;
             }
-            if (gfn + 1) % STRIDE == 0 {
+            if next / STRIDE != gfn / STRIDE {
                 progress(done.pages * PAGE_SIZE);
             }
+            gfn = next;
         }
         faulting.finish();
-        done.collect(&mut faulting);
+        done.collect(&mut faulting, range);
         let seam = faulting.into_seam();
         run.counts += &seam.counts;
         progress(done.in_front() * PAGE_SIZE);
@@ -78,6 +92,8 @@ impl Vm {
             access,
             present: false,
             prefetch: true,
+            guest_walk: GuestWalk::Unknown,
+            offset: 0,
         }
     }
 
@@ -87,7 +103,7 @@ impl Vm {
         (field, size_field): (&'static str, &'static str),
         gpa: u64,
         size: u64,
-    ) -> Result<std::ops::Range<u64>, VmError> {
+    ) -> Result<Range<u64>, VmError> {
         if !gpa.is_multiple_of(PAGE_SIZE) {
             return Err(VmError::invalid(
                 field,
@@ -122,11 +138,13 @@ struct Done {
 }
 
 impl Done {
-    fn collect(&mut self, faulting: &mut Faulting<'_>) {
+    fn collect(&mut self, faulting: &mut Faulting<'_>, range: Range<u64>) {
         for ended in faulting.ended.drain(..) {
+            let pages = ended.level().pages();
             let error = match ended.result {
                 Ok(RetPf::Fixed | RetPf::Spurious | RetPf::WriteProtected) => {
-                    self.pages += 1;
+                    let end = ended.gfn.align_down(pages).get() + pages;
+                    self.pages += end.min(range.end) - ended.gfn.get();
                     continue;
                 }
                 Ok(RetPf::Emulate) => VmError::NoMemory(ended.gfn.base()),

@@ -14,7 +14,7 @@ use crate::bugs::Check;
 use crate::error::{MemoryFault, VmError, errno};
 use crate::memory::backing::NoPage;
 use crate::memory::slots::Slot;
-use crate::mmu::spte;
+use crate::memory::user::NoHostPage;
 use crate::sync::lock;
 use crate::tdx::lifecycle::out_of_memory;
 
@@ -29,17 +29,23 @@ pub(super) struct Page {
 }
 
 /// A frame looked up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Resolved {
     /// None: no slot, MMIO.
     pub(super) page: Option<Page>,
+    /// The slot that covers it, for shared memory.
+    pub(super) slot: Option<Arc<Slot>>,
     /// mmu_invalidate_seq before the look-up.
     pub(super) seq: u64,
+    /// Generation of slots before the look-up: an MMIO entry must not be younger than the slots
+    /// that had nothing to say.
+    pub(super) generation: u32,
 }
 
 /// The answer without a walk.
 pub(super) enum Early {
     Ret(RetPf),
+    /// The host has to copy the page first.
+    CopyOnWrite(Arc<Slot>),
     Error(VmError),
 }
 
@@ -75,6 +81,10 @@ impl Vm {
                 .into());
         }
         let seq = self.invalidation.seq();
+        let generation = match visibility {
+            Visibility::Private => 0,
+            Visibility::Shared => self.slots.generation(),
+        };
         let slot = self.slots.find(gfn);
         if self.is_private(slot.as_deref(), gfn) != wants_private {
             let reason = if wants_private {
@@ -93,7 +103,12 @@ impl Vm {
                     .memory_fault(gfn, visibility, errno::EFAULT, reason)
                     .into());
             }
-            return Ok(Resolved { page: None, seq });
+            return Ok(Resolved {
+                page: None,
+                slot: None,
+                seq,
+                generation,
+            });
         };
         if slot.is_going() {
             return Err(match prefetch {
@@ -107,33 +122,48 @@ impl Vm {
         if slot.spec.read_only && wanted.access.write {
             return Err(Early::Ret(RetPf::Emulate));
         }
-        let page = self.page_of(&slot, gfn, visibility)?;
+        let page = match visibility {
+            Visibility::Private => self.private_page(&slot, gfn)?,
+            Visibility::Shared => self.user_page(&slot, gfn, wanted.access.write)?,
+        };
         if self.invalidation.retry(seq, gfn) {
             return Err(Early::Ret(RetPf::Retry));
         }
         Ok(Resolved {
             page: Some(page),
+            slot: (!wants_private).then_some(slot),
             seq,
+            generation,
         })
     }
 
-    fn page_of(&self, slot: &Arc<Slot>, gfn: Gfn, visibility: Visibility) -> Result<Page, VmError> {
-        let backing = match visibility {
-            Visibility::Shared => &slot.user,
-            Visibility::Private => slot.gmem.as_ref().ok_or_else(|| {
-                let reason = "the memory slot has no guest_memfd";
-                self.memory_fault(gfn, visibility, errno::EFAULT, reason)
-            })?,
+    /// kvm_mmu_faultin_pfn_gmem.
+    fn private_page(&self, slot: &Slot, gfn: Gfn) -> Result<Page, VmError> {
+        let fault = |errno, reason| self.memory_fault(gfn, Visibility::Private, errno, reason);
+        let Some(gmem) = &slot.gmem else {
+            return Err(fault(errno::EFAULT, "the memory slot has no guest_memfd"));
         };
-        match backing.get(slot.offset(gfn)) {
+        match gmem.get(slot.offset(gfn)) {
             Ok(pfn) => Ok(Page {
                 pfn,
                 map_writable: !slot.spec.read_only,
             }),
             Err(NoPage::NoMemory) => Err(out_of_memory(&self.host)),
-            Err(NoPage::Poisoned) => {
-                Err(self.memory_fault(gfn, visibility, errno::EHWPOISON, "the page is poisoned"))
-            }
+            Err(NoPage::Poisoned) => Err(fault(errno::EHWPOISON, "the page is poisoned")),
+        }
+    }
+
+    /// __kvm_faultin_pfn: what the host maps at the slot's user address.
+    #[inline(never)]
+    fn user_page(&self, slot: &Arc<Slot>, gfn: Gfn, write: bool) -> Result<Page, Early> {
+        match slot.user.get(slot.offset(gfn), write) {
+            Ok(page) => Ok(Page {
+                pfn: page.pfn,
+                map_writable: page.writable && !slot.spec.read_only,
+            }),
+            Err(NoHostPage::NoMemory) => Err(out_of_memory(&self.host).into()),
+            Err(NoHostPage::Fault) => Err(VmError::HostFault(gfn.base()).into()),
+            Err(NoHostPage::CopyOnWrite) => Err(Early::CopyOnWrite(Arc::clone(slot))),
         }
     }
 
@@ -165,10 +195,5 @@ impl Vm {
     /// is_page_fault_stale, for a valid root; the caller holds the read side of mmu_lock.
     pub(super) fn is_stale(&self, resolved: &Resolved, gfn: Gfn) -> bool {
         resolved.page.is_some() && self.invalidation.retry(resolved.seq, gfn)
-    }
-
-    /// make_mmio_spte, of the present generation of slots.
-    pub(super) fn mmio_spte(&self, gfn: Gfn) -> u64 {
-        spte::mmio(gfn.base().get(), self.slots.generation())
     }
 }

@@ -14,6 +14,7 @@
 
 use tdx_defs::{CompletionStatus, Gpa, Gpr, Gprs, Leaf, Level, PAGE_SIZE, Seamcall, Visibility};
 
+use super::fault::Roots;
 use super::faulting::Faulting;
 use super::map_gpa::{self, Next, Vmcall};
 use super::vcpu::{Run, Vcpu};
@@ -21,7 +22,6 @@ use super::{Fault, RetPf, Vm};
 use crate::counts::Counts;
 use crate::error::VmError;
 use crate::guest::{Entry, GuestOp, GuestPort, GuestStep, MAX_GUEST_ACCESS, Resumed};
-use crate::mmu::arena::TableId;
 use crate::mmu::spte::{self, Access};
 use crate::sync::{MutexGuard, lock, thread};
 
@@ -124,6 +124,10 @@ impl Vm {
         request: &RunRequest,
     ) -> Result<RunReport, VmError> {
         check(&request.ops)?;
+        if !self.is_td() {
+            let reason = "an ordinary VM has no module that its vCPUs could enter";
+            return Err(VmError::invalid("vm_id", reason));
+        }
         let vcpu = self.vcpu(vcpu_id)?;
         let run = lock(&vcpu.run);
         let mut runner = Runner {
@@ -195,7 +199,7 @@ impl Runner<'_> {
     fn go(&mut self, request: &RunRequest) -> Flow {
         if let Some(pending) = self.run.vmcall.take() {
             let event = self.vcpu.mode.has_event();
-            let layout = &self.vm.mmu.layout;
+            let layout = &self.vm.mmu.layout.td();
             self.next(map_gpa::complete(pending, request.answer, event, layout))?;
             // The guest gets its answer by the next entry.
             self.go_inside()?;
@@ -249,7 +253,7 @@ impl Runner<'_> {
     /// is one that had to be.
     fn shared(&mut self, op: &GuestOp, gpa: Gpa, access: Access) -> Flow {
         let (gfn, _) = self.vm.mmu.layout.split(gpa);
-        let (direct, _) = self.roots()?;
+        let Roots { direct, .. } = self.roots()?;
         let found = {
             let _rcu = crossbeam_epoch::pin();
             self.vm.mmu.last(direct, gfn)
@@ -355,7 +359,7 @@ impl Runner<'_> {
             }),
             TDCALL => {
                 let exits = self.vm.exits_hypercall();
-                self.next(map_gpa::handle(&regs, &self.vm.mmu.layout, exits))
+                self.next(map_gpa::handle(&regs, &self.vm.mmu.layout.td(), exits))
             }
             _ => Err(RunExit::Unknown { rax }),
         }
@@ -364,6 +368,7 @@ impl Runner<'_> {
     /// tdx_handle_ept_violation; the vCPU is outside.
     fn fault(&mut self, fault: Fault) -> Flow {
         let wanted = self.vm.wanted(0, fault)?;
+        self.vm.trace_fault(self.vcpu.id, fault, &wanted);
         let roots = self.roots()?;
         let mut faulting = Faulting::new(self.vm, self.vcpu, roots, self.vm.seam(self.vcpu.lp));
         faulting.push(wanted);
@@ -397,7 +402,7 @@ impl Runner<'_> {
     }
 
     /// The roots, loaded anew when they have been invalidated.
-    fn roots(&mut self) -> Result<(TableId, TableId), RunExit> {
+    fn roots(&mut self) -> Result<Roots, RunExit> {
         Ok(self.vm.roots_of(self.vcpu, &mut self.run)?)
     }
 

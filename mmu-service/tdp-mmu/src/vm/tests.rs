@@ -2,18 +2,21 @@
 
 use tdx_defs::{Gfn, Gpaw, Leaf, Level, Pfn, Visibility};
 
+use super::fault::Roots;
 use super::faulting::Faulting;
+use super::mmio::Mmio;
 use super::resolve::Early;
-use super::wanted::Wanted;
+use super::wanted::{GuestWalk, Wanted};
 use super::*;
 use crate::bugs::Check;
 use crate::common::{self, Rig};
 use crate::error::errno;
+use crate::mmu::direct::{DirectFault, Installed, Target};
 use crate::mmu::mirror::{Begin, Depth};
 use crate::mmu::removal::ExternalOp;
 use crate::mmu::role::RootKind;
 use crate::mmu::roots::RootTypes;
-use crate::mmu::spte::{self, Access, LeafTraits};
+use crate::mmu::spte::{self, Access, DirectTraits, LeafTraits};
 
 const GFN: Gfn = Gfn::new(1);
 
@@ -52,6 +55,8 @@ fn wanted(gfn: Gfn, visibility: Visibility, prefetch: bool) -> Wanted {
         access,
         present: false,
         prefetch,
+        guest_walk: GuestWalk::Unknown,
+        offset: 0,
     }
 }
 
@@ -77,7 +82,7 @@ fn r15_a_vcpu_that_goes_puts_both_roots() {
     assert_eq!(counts(&vm), [2, 2]);
     let vcpu = vm.vcpu(0).unwrap();
     let mut run = lock(&vcpu.run);
-    vm.destroy_mmu(&mut run);
+    vm.put_roots(&mut run);
     assert_eq!((run.root, run.mirror_root), (None, None));
     assert_eq!(counts(&vm), [1, 1], "the VM's own references are left");
     assert_eq!(leaves(&rig), [], "its control pages wait for the VM's end");
@@ -130,7 +135,10 @@ fn d16_faults_on_an_obsolete_direct_root_start_over() {
             let vcpu = vm.vcpu(0).unwrap();
             let roots = {
                 let run = lock(&vcpu.run);
-                (run.root.unwrap(), run.mirror_root.unwrap())
+                Roots {
+                    direct: run.root.unwrap(),
+                    mirror: run.mirror_root,
+                }
             };
             drop(vm.mmu.invalidate_roots(RootTypes::DIRECT));
             let gfn = Gfn::new(if visibility == Visibility::Shared {
@@ -247,4 +255,108 @@ fn t07_a_leaf_left_behind_the_key_is_a_bug() {
         spte::NP,
         "the mirror is cleared"
     );
+}
+
+#[test]
+fn z28_a_generation_that_comes_round_zaps_everything_shared() {
+    let (_rig, vm) = e4(Mode::Batched);
+    common::map_private(&vm, 1..2);
+    common::map_shared(&vm, 2..3);
+    vm.slots
+        .generation
+        .store(spte::MMIO_GEN_MASK, Ordering::SeqCst);
+    vm.set_user_memory_region(common::user_slot(1, 0x8_0000, 16))
+        .unwrap();
+    assert_eq!(vm.slots.generation(), 0);
+    let roles: Vec<u32> = vm.roots().iter().map(|root| root.role).collect();
+    assert_eq!(roles, [0x3F84, 0x8_3784], "the direct root is obsolete");
+    assert_eq!(vm.info().pages_4k, 1, "the private page stays");
+    vm.set_user_memory_region(common::user_slot(2, 0x9_0000, 16))
+        .unwrap();
+    assert_eq!(vm.roots()[0].role, 0x3F84, "no second zap");
+}
+
+#[test]
+fn c22_a_root_that_becomes_obsolete_is_replaced_on_the_next_entry() {
+    let (rig, vm) = e4(Mode::Kernel);
+    common::map_shared(&vm, 2..3);
+    rig.port.take_calls();
+    let vcpu = vm.vcpu(0).unwrap();
+    let roots = vm.enter(&vcpu, &mut lock(&vcpu.run)).unwrap();
+    vm.zap_all_fast().unwrap();
+    for visibility in [Visibility::Shared, Visibility::Private] {
+        let gfn = Gfn::new(if visibility == Visibility::Shared {
+            2
+        } else {
+            1
+        });
+        let mut faulting = Faulting::new(&vm, &vcpu, roots, vm.seam(0));
+        faulting.push(wanted(gfn, visibility, false));
+        faulting.finish();
+        assert_eq!(faulting.ended[0].result, Ok(RetPf::Retry), "{visibility:?}");
+    }
+    assert_eq!(leaves(&rig), []);
+    let report = vm.handle_fault(0, common::shared(&vm, 2)).unwrap();
+    assert_eq!(report.ret_pf, RetPf::Fixed);
+    assert_eq!(leaves(&rig), [Leaf::VP_WR]);
+}
+
+#[test]
+fn c23_a_removed_table_is_not_reused_while_somebody_walks_it() {
+    let rig = Rig::new();
+    let vm = rig.ordinary(VmConfig::default());
+    vm.set_user_memory_region(common::user_slot(0, 0, 0x400))
+        .unwrap();
+    vm.handle_fault(0, common::shared(&vm, 1)).unwrap();
+    let root = vm.mmu.root_of(RootKind::Direct).unwrap();
+    let walker = crossbeam_epoch::pin();
+    let leaf = vm.mmu.last(root, GFN).unwrap();
+    vm.zap_all_fast().unwrap();
+    // The walker still holds the entry: frozen, in a table that nobody is given meanwhile.
+    assert_eq!(vm.mmu.read(leaf.slot), spte::FROZEN);
+    for gfn in 1..40 {
+        vm.handle_fault(0, common::shared(&vm, gfn)).unwrap();
+        let new = vm.mmu.root_of(RootKind::Direct).unwrap();
+        let tables = vm.mmu.path(new, Gfn::new(gfn));
+        assert!(tables.iter().all(|step| step.slot.table != leaf.slot.table));
+    }
+    drop(walker);
+}
+
+#[test]
+fn an_mmio_entry_is_no_younger_than_the_slots_that_were_asked() {
+    let rig = Rig::new();
+    let vm = rig.ordinary(VmConfig::default());
+    vm.load_mmu(0).unwrap();
+    let Ok(resolved) = vm.resolve(&wanted(GFN, Visibility::Shared, false)) else {
+        panic!("no slot is no error");
+    };
+    // The slot comes after the look-up and before the entry.
+    vm.set_user_memory_region(common::user_slot(0, 0, 16))
+        .unwrap();
+    assert_ne!(resolved.generation, vm.slots.generation());
+    let vcpu = vm.vcpu(0).unwrap();
+    let roots = vm.enter(&vcpu, &mut lock(&vcpu.run)).unwrap();
+    let fault = DirectFault {
+        gfn: GFN,
+        access: Access {
+            write: false,
+            exec: false,
+        },
+        prefetch: false,
+        req_level: Level::L4K,
+        target: Target::Mmio {
+            spte: vm.mmio_spte(GFN, resolved.generation),
+        },
+        traits: DirectTraits {
+            ignore_pat: true,
+            nx_huge_pages: false,
+            write_tracked: false,
+        },
+    };
+    let mapped = vm.mmu.map_direct(roots.direct, &fault);
+    assert_eq!(mapped.installed, Installed::Mmio);
+    assert_eq!(vm.meet_mmio(&vcpu, roots.direct, GFN), Mmio::Fault);
+    let report = vm.handle_fault(0, common::shared(&vm, 1)).unwrap();
+    assert_eq!(report.ret_pf, RetPf::Fixed);
 }

@@ -5,8 +5,10 @@ use tdx_defs::{CompletionStatus, Gfn, Gpaw, Hpa, Leaf, Level, Pfn, TdAttributes}
 use crate::counts::Counts;
 use crate::error::VmError;
 use crate::memory::slots::SlotSpec;
+use crate::mmu::layout::VmKind;
 use crate::mmu::role::RootKind;
 use crate::mmu::spte::SpteKind;
+use crate::trace::error_code;
 
 /// How changes of the mirror reach the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -18,9 +20,24 @@ pub enum Mode {
     Kernel,
 }
 
+/// How the dirty log is read (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum DirtyLogMode {
+    /// Reading the log clears it and protects its pages again.
+    #[default]
+    Protect,
+    /// Reading changes nothing, clearing is a call of its own.
+    Manual,
+    /// The same, and a new log says that every page is dirty.
+    ManualInitiallySet,
+}
+
 /// What a new VM is like.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmConfig {
+    /// TD, or an ordinary VM without private memory and without the module. Of the fields below
+    /// an ordinary one has no use for `mode`, `attributes` and `xfam`.
+    pub kind: VmKind,
     /// Guest physical address width.
     pub gpaw: Gpaw,
     /// Propagation mode.
@@ -31,16 +48,34 @@ pub struct VmConfig {
     pub xfam: u64,
     /// 1 to 576.
     pub max_vcpus: u16,
+    /// Huge leaves are split when dirty logging begins, not by the faults that follow
+    /// (kvm.eager_page_split).
+    pub eager_page_split: bool,
+    /// How the dirty log is read.
+    pub dirty_log: DirtyLogMode,
+    /// The processor logs dirtied pages itself. An ordinary VM's only: TDs have no PML.
+    pub pml: bool,
+    /// Huge leaves are not executable (kvm.nx_huge_pages). Can be changed later.
+    pub nx_huge_pages: bool,
+    /// Deleting or moving a slot zaps everything (KVM_X86_QUIRK_SLOT_ZAP_ALL). An ordinary VM's
+    /// only.
+    pub slot_zap_all: bool,
 }
 
 impl Default for VmConfig {
     fn default() -> Self {
         Self {
+            kind: VmKind::Td,
             gpaw: Gpaw::W48,
             mode: Mode::Batched,
             attributes: TdAttributes::SEPT_VE_DISABLE,
             xfam: 3,
             max_vcpus: 16,
+            eager_page_split: true,
+            dirty_log: DirtyLogMode::Protect,
+            pml: false,
+            nx_huge_pages: false,
+            slot_zap_all: true,
         }
     }
 }
@@ -50,11 +85,43 @@ impl Default for VmConfig {
 pub struct Fault {
     /// Guest physical address, bytes; the SHARED bit chooses the root.
     pub gpa: u64,
-    /// Exit qualification: read 1, write 2, fetch 4; bits 5:3 say what the entry allowed.
+    /// Exit qualification: read 1, write 2, fetch 4; bits 5:3 say what the entry allowed; bit 7
+    /// that the address came from a guest walk, bit 8 that it is the access itself.
     pub qualification: u64,
     /// Extended exit qualification of a TD exit: type in bits 3:0, 6 for a page that the guest has
     /// not accepted. 0 when there is none.
     pub extended: u64,
+}
+
+impl Fault {
+    /// The access that a real KVM reported with a page fault error code: AMD's, or what
+    /// kvm_page_fault prints there. A reserved bit needs no saying, the tables know it.
+    pub fn from_error_code(gpa: u64, code: u64) -> Self {
+        let access = if code & error_code::FETCH != 0 {
+            4
+        } else if code & error_code::WRITE != 0 {
+            2
+        } else {
+            1
+        };
+        let present = if code & error_code::PRESENT != 0 {
+            1 << 3
+        } else {
+            0
+        };
+        let walk = if code & error_code::GUEST_FINAL != 0 {
+            1 << 7 | 1 << 8
+        } else if code & error_code::GUEST_PAGE != 0 {
+            1 << 7
+        } else {
+            0
+        };
+        Self {
+            gpa,
+            qualification: access | present | walk,
+            extended: 0,
+        }
+    }
 }
 
 /// `enum RET_PF_*`, arch/x86/kvm/mmu/mmu_internal.h.
@@ -251,6 +318,8 @@ pub struct Mismatch {
 /// What a VM is and has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmInfo {
+    /// TD or ordinary VM.
+    pub kind: VmKind,
     /// "uninitialized", "initialized", "runnable", "bugged" or "dead".
     pub state: &'static str,
     /// Why, for a bugged or dead VM.
@@ -290,6 +359,8 @@ pub struct Stats {
     pub pages_1g: u64,
     /// Every kvm_flush_remote_tlbs.
     pub remote_tlb_flush_requests: u64,
+    /// Tables that stand where the NX mitigation forbids a huge page.
+    pub nx_lpage_splits: u64,
     /// Bytes of mirror and direct tables.
     pub page_table_bytes: u64,
 }

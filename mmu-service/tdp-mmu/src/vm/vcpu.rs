@@ -13,6 +13,7 @@ use tdx_defs::{Leaf, Level, Pfn, field};
 
 use super::Vm;
 use super::map_gpa::Vmcall;
+use super::mmio::MmioCache;
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
@@ -31,6 +32,8 @@ pub(crate) struct Vcpu {
     pub(crate) lp: u32,
     /// Whether it is inside the guest.
     pub(crate) mode: Arc<GuestMode>,
+    /// The MMIO frame that it met last, and of which generation of slots.
+    pub(crate) mmio: MmioCache,
     /// `vcpu->mutex`.
     pub(crate) run: Mutex<Run>,
 }
@@ -66,6 +69,12 @@ impl Vm {
         // Both under one lock, so that no failure leaves half a vCPU behind.
         let _slots = lock(&self.slots_lock);
         self.alive()?;
+        if !self.is_td() {
+            let vcpu = self.new_vcpu()?;
+            let id = vcpu.id;
+            self.publish_vcpu(vcpu);
+            return Ok((id, Counts::default()));
+        }
         self.needs("KVM_TDX_INIT_VCPU", TdState::Initialized)?;
         let vcpu = self.new_vcpu()?;
         let counts = self.init_new_vcpu(&vcpu)?;
@@ -79,7 +88,7 @@ impl Vm {
         let _slots = lock(&self.slots_lock);
         self.alive()?;
         let state = self.td.state();
-        if state != TdState::Initialized {
+        if self.is_td() && state != TdState::Initialized {
             let state = state.name();
             return Err(VmError::NoTd { state });
         }
@@ -119,6 +128,7 @@ impl Vm {
             id,
             lp: id % self.host.platform().logical_processors,
             mode: self.td.modes.add(),
+            mmio: MmioCache::default(),
             run: Mutex::new(run),
         })
     }
@@ -187,7 +197,7 @@ impl Vm {
         run: &Run,
         operation: &'static str,
     ) -> Result<(), VmError> {
-        if run.is_initialized() {
+        if run.is_initialized() || !self.is_td() {
             return Ok(());
         }
         let vcpu_id = vcpu.id;
@@ -208,10 +218,10 @@ impl Vm {
                 Some(_) => return Ok(Counts::default()),
                 None => {}
             }
-            if run.mirror_root.is_none() {
+            if run.mirror_root.is_none() && self.is_td() {
                 run.mirror_root = self.mmu.alloc_root(RootKind::Mirror);
             }
-            if run.mirror_root.is_some() {
+            if run.mirror_root.is_some() || !self.is_td() {
                 run.root = self.mmu.alloc_root(RootKind::Direct);
             }
         }
@@ -219,7 +229,7 @@ impl Vm {
             return Err(out_of_memory(&self.host));
         };
         let mut seam = self.seam(vcpu.lp);
-        if self.check_root_level(self.mmu.arena.level(root)) {
+        if self.is_td() && self.check_root_level(self.mmu.arena.level(root)) {
             let pointer = calls::vp_wr(
                 run.tdvpr(),
                 field::SHARED_EPT_POINTER,
@@ -259,17 +269,16 @@ impl Vm {
         Ok(())
     }
 
-    pub(super) fn unload(&self, run: &mut Run) {
-        if let Some(root) = run.root.take() {
+    /// The vCPU goes: kvm_mmu_unload puts its direct root, kvm_mmu_destroy the mirror root.
+    pub(super) fn put_roots(&self, run: &mut Run) {
+        self.unload(run);
+        if let Some(root) = run.mirror_root.take() {
             self.mmu.put_root(root);
         }
     }
 
-    /// kvm_arch_vcpu_destroy, as far as roots go: kvm_mmu_unload, then kvm_mmu_destroy, the only
-    /// place that puts the mirror root.
-    pub(super) fn destroy_mmu(&self, run: &mut Run) {
-        self.unload(run);
-        if let Some(root) = run.mirror_root.take() {
+    pub(super) fn unload(&self, run: &mut Run) {
+        if let Some(root) = run.root.take() {
             self.mmu.put_root(root);
         }
     }

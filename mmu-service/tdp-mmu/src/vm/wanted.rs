@@ -3,12 +3,15 @@
 //! Source: arch/x86/kvm/vmx/tdx.c, `tdx_handle_ept_violation()`; arch/x86/kvm/mmu/mmu_internal.h,
 //! `struct kvm_page_fault`.
 
-use tdx_defs::{Gfn, Gpa, Level, Pfn, Visibility};
+use std::num::NonZeroU64;
+
+use tdx_defs::{Gfn, Gpa, Level, PAGE_SIZE, Pfn, Visibility};
 
 use super::{Fault, RetPf, Vm};
 use crate::bugs::Check;
 use crate::error::VmError;
-use crate::mmu::spte::Access;
+use crate::mmu::spte::{self, Access};
+use crate::trace::{Event, error_code};
 
 /// Exit qualification: the access was a write.
 const WRITE: u64 = 1 << 1;
@@ -21,6 +24,10 @@ const ALLOWED_ANY: u64 = 0xF << 3;
 /// Type of the extended exit qualification, and the one of a page that is pending.
 const EXTENDED_TYPE: u64 = 0xF;
 const EXTENDED_PENDING: u64 = 6;
+/// Exit qualification: the address came from a walk of the guest's tables.
+const GVA_VALID: u64 = 1 << 7;
+/// Exit qualification: it is what that walk ended with.
+const GVA_TRANSLATED: u64 = 1 << 8;
 
 /// An access to resolve.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +41,36 @@ pub(super) struct Wanted {
     pub(super) present: bool,
     /// Ahead of any access: KVM_PRE_FAULT_MEMORY.
     pub(super) prefetch: bool,
+    /// Where in the guest's own walk the access was.
+    pub(super) guest_walk: GuestWalk,
+    /// Bytes into the page.
+    pub(super) offset: u16,
+}
+
+/// Where in the guest's own walk an access was, if the processor said so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GuestWalk {
+    Unknown,
+    Inside,
+    Final,
+}
+
+impl Wanted {
+    /// KVM's error code (PFERR_*) of an access that is not private.
+    pub(super) fn error_code(&self) -> u64 {
+        let mut code = 0;
+        for (set, bit) in [
+            (self.present, error_code::PRESENT),
+            (self.access.write, error_code::WRITE),
+            (!self.access.write && !self.access.exec, error_code::USER),
+            (self.access.exec, error_code::FETCH),
+            (self.guest_walk == GuestWalk::Final, error_code::GUEST_FINAL),
+            (self.guest_walk == GuestWalk::Inside, error_code::GUEST_PAGE),
+        ] {
+            code |= if set { bit } else { 0 };
+        }
+        code
+    }
 }
 
 /// How an access ended.
@@ -42,11 +79,59 @@ pub(super) struct Ended {
     pub(super) index: usize,
     pub(super) gfn: Gfn,
     pub(super) result: Result<RetPf, VmError>,
-    pub(super) pfn: Option<Pfn>,
+    /// How the frame is mapped, if that is known.
+    pub(super) at: Option<Mapping>,
+}
+
+impl Ended {
+    /// Level of the mapping.
+    pub(super) fn level(&self) -> Level {
+        self.at.map_or(Level::L4K, Mapping::level)
+    }
+}
+
+/// Page and level of a mapping in one word, because batches keep one for each fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mapping(NonZeroU64);
+
+impl Mapping {
+    pub(super) fn new(page: Pfn, level: Level) -> Self {
+        // A level is never zero.
+        let word = page.get() << 3 | u64::from(level.get());
+        Self(NonZeroU64::new(word).unwrap_or(NonZeroU64::MIN))
+    }
+
+    /// Of a 4 KiB leaf.
+    pub(super) fn small(leaf: u64) -> Self {
+        Self::new(spte::pfn(leaf), Level::L4K)
+    }
+
+    /// The page of the faulting frame.
+    pub(super) fn pfn(self) -> Pfn {
+        Pfn::new(self.0.get() >> 3)
+    }
+
+    fn level(self) -> Level {
+        Level::new((self.0.get() & 7) as u8).unwrap_or(Level::L4K)
+    }
 }
 
 impl Vm {
-    /// What a fault asks for. Fetching from shared memory is a bug of the guest that ends it (B34).
+    /// The tracepoint kvm_page_fault.
+    pub(super) fn trace_fault(&self, vcpu_id: u32, fault: Fault, wanted: &Wanted) {
+        self.mmu.tracer.emit(|| Event::PageFault {
+            vcpu: vcpu_id,
+            // Protected guests do not show it; ordinary ones are not asked.
+            rip: 0,
+            address: fault.gpa,
+            error_code: match wanted.visibility {
+                Visibility::Private => WRITE,
+                Visibility::Shared => fault.qualification,
+            },
+        });
+    }
+
+    /// What a fault asks for. A TD that fetches from shared memory has a bug that ends it (B34).
     pub(super) fn wanted(&self, index: usize, fault: Fault) -> Result<Wanted, VmError> {
         let layout = self.mmu.layout;
         if fault.gpa >> layout.width() != 0 {
@@ -70,6 +155,8 @@ impl Vm {
             },
             present: false,
             prefetch: false,
+            guest_walk: GuestWalk::Unknown,
+            offset: (fault.gpa & (PAGE_SIZE - 1)) as u16,
         };
         if visibility == Visibility::Private {
             if fault.extended & EXTENDED_TYPE == EXTENDED_PENDING
@@ -83,7 +170,8 @@ impl Vm {
             // The real qualification is replaced by "write".
             return Ok(wanted);
         }
-        if fault.qualification & FETCH != 0 {
+        let exec = fault.qualification & FETCH != 0;
+        if exec && self.is_td() {
             self.mmu.bugs.bug(Check::B34, || {
                 format!("instruction fetch from shared {gfn}")
             });
@@ -91,17 +179,18 @@ impl Vm {
         }
         let access = Access {
             write: fault.qualification & WRITE != 0,
-            exec: false,
+            exec,
+        };
+        let guest_walk = match fault.qualification {
+            bits if bits & GVA_VALID == 0 => GuestWalk::Unknown,
+            bits if bits & GVA_TRANSLATED == 0 => GuestWalk::Inside,
+            _ => GuestWalk::Final,
         };
         Ok(Wanted {
             access,
             present: fault.qualification & ALLOWED != 0,
+            guest_walk,
             ..wanted
         })
-    }
-
-    /// Level of what a fault maps.
-    pub(super) fn level_of(ret_pf: RetPf) -> Option<Level> {
-        matches!(ret_pf, RetPf::Fixed | RetPf::Spurious).then_some(Level::L4K)
     }
 }

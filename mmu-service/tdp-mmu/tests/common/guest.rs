@@ -8,10 +8,8 @@ use tdx_module::{self as module, LpId, Module};
 
 /// A vCPU's way into the module.
 pub(crate) struct Guest {
-    pub(crate) module: Arc<Module>,
+    module: Arc<Module>,
     lp: LpId,
-    /// Called before each message to the module.
-    pub(crate) before_play: Box<dyn FnMut(&[GuestOp]) + Send>,
 }
 
 impl Guest {
@@ -19,7 +17,6 @@ impl Guest {
         Self {
             module: Arc::clone(module),
             lp: LpId(0),
-            before_play: Box::new(|_| {}),
         }
     }
 }
@@ -59,7 +56,6 @@ impl GuestPort for Guest {
     }
 
     fn play(&mut self, ops: &[GuestOp]) -> Result<Vec<GuestStep>, SeamError> {
-        (self.before_play)(ops);
         let mut steps = Vec::new();
         for op in ops {
             match self.module.guest(self.lp, &op_of(op)) {

@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use tdp_mmu::{
     Fault, Host, InitRegion, Measure, MemoryRange, Mode, Platform, RetPf, SlotSpec, Vm, VmConfig,
-    VmError,
+    VmError, VmKind,
 };
-use tdx_defs::{Gpaw, Hpa, TdAttributes};
+use tdx_defs::{Gpaw, Hpa};
 use tdx_module::{Module, PlatformConfig, Tdmr};
 
 use port::Port;
@@ -94,23 +94,6 @@ impl Rig {
         Self { module, port, host }
     }
 
-    /// Baseline E4 or E5 with other attributes.
-    pub(crate) fn empty_with(&self, mode: Mode, gpaw: Gpaw, attributes: TdAttributes) -> Vm {
-        let config = VmConfig {
-            gpaw,
-            mode,
-            attributes,
-            ..VmConfig::default()
-        };
-        let port = Arc::clone(&self.port);
-        let vm = Vm::new(Arc::clone(&self.host), port, config);
-        vm.init().unwrap();
-        fill(&vm);
-        vm.load_mmu(0).unwrap();
-        vm.finalize().unwrap();
-        vm
-    }
-
     /// A VM that is no TD yet.
     pub(crate) fn uninitialized(&self, mode: Mode, gpaw: Gpaw) -> Vm {
         let config = VmConfig {
@@ -128,10 +111,27 @@ impl Rig {
         vm.init().map(|_| vm)
     }
 
+    /// An ordinary VM with one vCPU, no slot.
+    pub(crate) fn ordinary(&self, config: VmConfig) -> Vm {
+        let vm = Vm::create_ordinary(Arc::clone(&self.host), config).unwrap();
+        vm.add_vcpu().unwrap();
+        vm
+    }
+
     /// Baseline Pre: one vCPU, one private guest_memfd slot, roots not loaded, not finalised.
     pub(crate) fn pre(&self, mode: Mode, gpaw: Gpaw) -> Vm {
         let vm = self.create(mode, gpaw).unwrap();
         fill(&vm);
+        vm
+    }
+
+    /// E4 with other settings.
+    pub(crate) fn empty_with(&self, config: VmConfig) -> Vm {
+        let port = Arc::clone(&self.port);
+        let (vm, _) = Vm::create(Arc::clone(&self.host), port, config).unwrap();
+        fill(&vm);
+        vm.load_mmu(0).unwrap();
+        vm.finalize().unwrap();
         vm
     }
 
@@ -190,6 +190,9 @@ pub(crate) fn shared(vm: &Vm, gfn: u64) -> Fault {
 }
 
 pub(crate) fn shared_bit(vm: &Vm) -> u64 {
+    if vm.info().kind == VmKind::Ordinary {
+        return 0;
+    }
     match vm.info().gpaw {
         Gpaw::W48 => 1 << 47,
         Gpaw::W52 => 1 << 51,

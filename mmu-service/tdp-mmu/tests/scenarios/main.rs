@@ -18,6 +18,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod actions;
 mod calls;
 mod ids;
 mod rows;

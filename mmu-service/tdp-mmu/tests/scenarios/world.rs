@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use tdp_mmu::{Counts, Fault, InitRegion, Measure, Mode, SlotSpec, Vm, VmError, errno};
+use tdp_mmu::{
+    Counts, DirtyLogMode, Event, Fault, InitRegion, Measure, Mode, RetPf, SlotSpec, Vm, VmConfig,
+    VmError, VmKind, errno,
+};
 use tdx_defs::{CompletionStatus, Gpaw, Leaf};
 
-use crate::calls;
 use crate::common::port::{Effect, Rule};
 use crate::common::state::{self, check_invariants};
 use crate::common::{self, Rig};
+use crate::{actions, calls};
 
 /// Bits of an SPTE that do not name a page.
 const NOT_PFN: u64 = !0x000F_FFFF_FFFF_F000;
@@ -24,6 +27,8 @@ pub(crate) struct World {
     /// Private tables that the end of the VM reclaimed, as level:frame.
     reclaimed: Vec<String>,
     destroyed: bool,
+    /// Tracepoints of the last action.
+    events: Vec<Event>,
 }
 
 /// What `do` changes is measured against this.
@@ -31,7 +36,7 @@ pub(crate) struct World {
 struct Before {
     counts: Counts,
     seq: u64,
-    pages: u64,
+    pages: [u64; 3],
     calls: Vec<String>,
 }
 
@@ -45,15 +50,15 @@ fn same<T: PartialEq + std::fmt::Debug>(found: T, expected: T) -> Outcome {
     }
 }
 
-fn hex(word: &str) -> u64 {
+pub(crate) fn hex(word: &str) -> u64 {
     u64::from_str_radix(word, 16).unwrap_or_else(|_| panic!("{word} is not hexadecimal"))
 }
 
-fn range(first: &str, pages: &str) -> Range<u64> {
+pub(crate) fn range(first: &str, pages: &str) -> Range<u64> {
     hex(first)..hex(first) + hex(pages)
 }
 
-fn bytes(range: &Range<u64>) -> (u64, u64) {
+pub(crate) fn bytes(range: &Range<u64>) -> (u64, u64) {
     (range.start << 12, (range.end - range.start) << 12)
 }
 
@@ -68,6 +73,7 @@ impl World {
             before: Before::default(),
             reclaimed: Vec::new(),
             destroyed: false,
+            events: Vec::new(),
         }
     }
 
@@ -88,12 +94,29 @@ impl World {
             ["p", first, pages] => common::map_private(self.vm(), range(first, pages)),
             ["s", first] => common::map_shared(self.vm(), range(first, "1")),
             ["s", first, pages] => common::map_shared(self.vm(), range(first, pages)),
+            // Maps a shared frame where there is memory.
+            ["m", gfn] => {
+                let report = self
+                    .vm()
+                    .handle_fault(0, common::shared(self.vm(), hex(gfn)));
+                assert_eq!(
+                    report.map(|report| report.ret_pf),
+                    Ok(RetPf::Fixed),
+                    "{gfn}"
+                );
+            }
             ["spoil", call, how, ref rest @ ..] => self.spoil(call, how, rest),
             ["calls", ..] => return self.check_calls(&text["calls".len()..]),
             ["kicks", n] => return same(self.delta(|counts| counts.kicks), decimal(n)),
             ["flushes", n] => return same(self.delta(|counts| counts.flushes), decimal(n)),
             ["seq", n] => return same(self.vm().invalidate_seq() - self.before.seq, decimal(n)),
-            ["pages", n] => return self.check_pages(n),
+            ["pages", n] => return self.check_pages(0, n),
+            ["pages2m", n] => return self.check_pages(1, n),
+            ["pages1g", n] => return self.check_pages(2, n),
+            ["splits", n] => return same(self.vm().stats().nx_lpage_splits, decimal(n)),
+            ["events", ref names @ ..] => return self.check_events(names),
+            ["event", ..] => return self.check_event(&text["event ".len()..]),
+            ["level", gfn, level] => return self.check_level(gfn, decimal(level)),
             ["stat", name, n] => return same(self.stat(name), decimal(n)),
             ["state", state] => return same(self.vm().info().state, state),
             ["roots", ref roots @ ..] => return self.check_roots(roots),
@@ -119,6 +142,13 @@ impl World {
             "TD" => Some(self.rig.create(self.mode, self.gpaw).unwrap()),
             // KVM_CREATE_VM and nothing else.
             "new" => Some(self.rig.uninitialized(self.mode, self.gpaw)),
+            "ordinary" => Some(self.rig.ordinary(VmConfig::default())),
+            _ if name.starts_with("ordinary-") => Some(self.rig.ordinary(ordinary(name))),
+            "E4-lazy" => Some(self.rig.empty_with(VmConfig {
+                mode: self.mode,
+                eager_page_split: false,
+                ..VmConfig::default()
+            })),
             "none" => None,
             "none52" => {
                 self.gpaw = Gpaw::W52;
@@ -174,20 +204,26 @@ impl World {
             Some(vm) => Before {
                 counts: vm.stats().counts,
                 seq: vm.invalidate_seq(),
-                pages: vm.info().pages_4k,
+                pages: pages_of(vm),
                 calls: Vec::new(),
             },
             None => Before::default(),
         };
         let tables = match &self.vm {
+            Some(vm) if vm.info().kind == VmKind::Ordinary => BTreeMap::new(),
             Some(vm) => state::table_pages(vm, &self.rig.module),
             None => BTreeMap::new(),
         };
+        if let Some(vm) = &self.vm {
+            vm.trace(1 << 16);
+            vm.take_events();
+        }
         let words: Vec<&str> = action.split_whitespace().collect();
         let result = match self.perform(&words) {
             Ok(done) => done,
             Err(error) => name_of(&error),
         };
+        self.events = self.vm.as_ref().map_or(Vec::new(), |vm| vm.take_events().0);
         let platform = self.rig.host.platform();
         let (global, shift) = (platform.global_hkid.into(), platform.hkid_shift());
         let made = self.rig.port.take_calls();
@@ -260,15 +296,6 @@ impl World {
                 let attributes = if to == "private" { 8 } else { 0 };
                 vm.set_memory_attributes(gpa, size, attributes).map(ok)
             }
-            ["slot", kind, id, first, pages] => {
-                let spec = match kind {
-                    "gmem" | "gmem-ro" => common::gmem_slot(number(id), hex(first), hex(pages)),
-                    _ => common::user_slot(number(id), hex(first), hex(pages)),
-                };
-                let read_only = kind.ends_with("ro");
-                vm.set_user_memory_region(SlotSpec { read_only, ..spec })
-                    .map(ok)
-            }
             ["delete", id] => {
                 let spec = SlotSpec {
                     slot_id: number(id),
@@ -305,7 +332,6 @@ impl World {
                 .map(ok)
             }
             ["poison", gfn] => vm.poison(hex(gfn) << 12).map(|()| "ok".into()),
-            ["protect", id] => vm.write_protect_slot(number(id)).map(ok),
             ["vcpu"] => vm.add_vcpu().map(|(_, counts)| ok(counts)),
             ["init"] => vm.init().map(ok),
             ["create-vcpu"] => vm.create_vcpu().map(|_| "ok".into()),
@@ -330,7 +356,7 @@ impl World {
                 self.destroyed = true;
                 destroyed
             }
-            _ => panic!("{words:?} is no action"),
+            _ => actions::shared(vm, words),
         }
     }
 
@@ -359,9 +385,51 @@ impl World {
     }
 
     /// `+n`, `-n`: what the last action added or took.
-    fn check_pages(&self, change: &str) -> Outcome {
-        let found = self.vm().info().pages_4k.cast_signed() - self.before.pages.cast_signed();
+    fn check_pages(&self, level: usize, change: &str) -> Outcome {
+        let now = pages_of(self.vm())[level];
+        let found = now.cast_signed() - self.before.pages[level].cast_signed();
         same(found, change.parse().unwrap())
+    }
+
+    /// Names of the last action's tracepoints, in order, `kvm_` and `mmu_` left out; a name stands
+    /// for all its neighbours of the same kind.
+    fn check_events(&self, expected: &[&str]) -> Outcome {
+        let mut names: Vec<&str> = self
+            .events
+            .iter()
+            .map(|event| {
+                let name = event.name();
+                let name = name.strip_prefix("kvm_").unwrap_or(name);
+                let name = name.strip_prefix("tdp_").unwrap_or(name);
+                name.strip_prefix("mmu_").unwrap_or(name)
+            })
+            .collect();
+        names.dedup();
+        same(names.join(" "), expected.join(" "))
+    }
+
+    /// One of the last action's tracepoints, to the letter.
+    fn check_event(&self, expected: &str) -> Outcome {
+        let texts: Vec<String> = self
+            .events
+            .iter()
+            .map(|event| format!("{}: {event}", event.name()))
+            .collect();
+        if texts.iter().any(|text| text == expected) {
+            return Ok(());
+        }
+        Err(format!("not among {texts:#?}"))
+    }
+
+    /// Level at which a shared frame is mapped.
+    fn check_level(&self, gfn: &str, expected: u64) -> Outcome {
+        let gpa = common::shared(self.vm(), hex(gfn)).gpa;
+        let walk = self.vm().walk(gpa, false).unwrap();
+        let last = walk.entries.last().filter(|_| walk.mapped);
+        same(
+            last.map(|entry| u64::from(entry.level.get())),
+            Some(expected),
+        )
     }
 
     /// Role word and references of each root, newest first.
@@ -473,4 +541,27 @@ fn name_of(error: &VmError) -> String {
         Some(fault) => format!("{name} flags {}", fault.flags),
         None => name.into(),
     }
+}
+
+fn pages_of(vm: &Vm) -> [u64; 3] {
+    let info = vm.info();
+    [info.pages_4k, info.pages_2m, info.pages_1g]
+}
+
+/// `ordinary-noquirk-pml`: an ordinary VM with other settings.
+fn ordinary(name: &str) -> VmConfig {
+    let mut config = VmConfig::default();
+    for word in name.split('-').skip(1) {
+        match word {
+            "noquirk" => config.slot_zap_all = false,
+            "pml" => config.pml = true,
+            "nx" => config.nx_huge_pages = true,
+            "lazy" => config.eager_page_split = false,
+            "manual" => config.dirty_log = DirtyLogMode::Manual,
+            "allset" => config.dirty_log = DirtyLogMode::ManualInitiallySet,
+            "5" => config.gpaw = Gpaw::W52,
+            _ => panic!("{word} is no setting"),
+        }
+    }
+    config
 }

@@ -1,10 +1,10 @@
 //! Transitions that must not be: what each check says, and what is left behind.
 
 use super::*;
-use crate::mmu::direct::Installed;
+use crate::mmu::direct::{DirectFault, Installed, Target};
 use crate::mmu::mirror::{Begin, Depth};
 use crate::mmu::role::{Role, RootKind};
-use crate::mmu::spte::{Access, LARGE, LeafTraits};
+use crate::mmu::spte::{Access, DirectTraits, LARGE, LeafTraits};
 use tdx_defs::{GpaLayout, Gpaw};
 
 const GFN: Gfn = Gfn::new(1);
@@ -32,11 +32,25 @@ fn mapped(kind: RootKind) -> (Mmu, TableId, Step) {
             assert_eq!(unit.settle(3, 1), 1);
         }
         RootKind::Direct => {
-            let access = Access {
-                write: true,
-                exec: false,
+            let fault = DirectFault {
+                gfn: GFN,
+                access: Access {
+                    write: true,
+                    exec: false,
+                },
+                prefetch: false,
+                req_level: Level::L4K,
+                target: Target::Page {
+                    pfn: Pfn::new(7),
+                    map_writable: true,
+                },
+                traits: DirectTraits {
+                    ignore_pat: false,
+                    nx_huge_pages: false,
+                    write_tracked: false,
+                },
             };
-            let installed = mmu.map_direct(root, GFN, leaf(7), access, false);
+            let installed = mmu.map_direct(root, &fault).installed;
             assert_eq!(installed, Installed::Fixed);
         }
     }
@@ -96,10 +110,7 @@ fn x05_an_atomic_zap_of_a_mirror_table_is_refused() {
 #[test]
 fn x06_a_leaf_that_changes_its_page_stops_a_host() {
     let (mmu, _, step) = mapped(RootKind::Direct);
-    assert_eq!(
-        mmu.set_direct_atomic(&step, GFN, leaf(8), &mut Vec::new()),
-        Ok(())
-    );
+    assert_eq!(mmu.set_direct_atomic(&step, GFN, leaf(8)), Ok(()));
     assert_eq!(checks(&mmu), [Check::B20]);
     assert!(mmu.bugs.is_bugged());
 }
@@ -169,7 +180,7 @@ fn x09_a_huge_mirror_leaf_is_never_split() {
 #[test]
 fn x10_nothing_to_nothing_is_warned_about() {
     let (mmu, _, step) = mapped(RootKind::Direct);
-    let mmio = spte::mmio(0x1000, 0);
+    let mmio = spte::mmio(0x1000, 0, true);
     for (old, new, warned) in [
         (spte::NP, spte::NP | 1 << 60, true),
         (spte::NP, mmio, false),
