@@ -79,6 +79,12 @@ pub enum Error {
     /// The firmware image is none.
     #[error("the firmware image is malformed")]
     Tdvf(#[from] crate::tdvf::TdvfError),
+    /// The guest cannot go on.
+    #[error("KVM_RUN failed: {reason}")]
+    Guest {
+        /// As the service said.
+        reason: String,
+    },
     /// A line of a recording is no sequence.
     #[error("{}: line {line}", path.display())]
     Sequence {

@@ -3,6 +3,7 @@
 //! Command names, and the keys of `--output json`, are an interface for scripts.
 
 mod conformance;
+mod guest;
 mod measure;
 mod memory;
 mod number;
@@ -17,6 +18,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use mirror_proto::mmu::Mode;
 
 pub use conformance::ConformanceArgs;
+pub use guest::{GuestArgs, GuestWord, GuestWordError};
 pub use measure::{MeasureArgs, MeasureOrder};
 pub use memory::{
     ConvertArgs, FaultArgs, PrefaultArgs, PunchHoleArgs, SlotCommand, SlotDeleteArgs, SlotSetArgs,
@@ -120,6 +122,8 @@ pub enum Command {
     Slot(SlotCommand),
     /// One guest access that no translation serves
     Fault(FaultArgs),
+    /// Run a vCPU: what the guest does, with the exits that it causes (KVM_RUN)
+    Guest(GuestArgs),
     /// Map a range before the guest touches it (KVM_PRE_FAULT_MEMORY)
     Prefault(PrefaultArgs),
     /// Make a range private or shared (KVM_SET_MEMORY_ATTRIBUTES)
@@ -176,6 +180,7 @@ impl Command {
             Self::Slot(SlotCommand::Set(_)) => "slot set",
             Self::Slot(SlotCommand::Delete(_)) => "slot delete",
             Self::Fault(_) => "fault",
+            Self::Guest(_) => "guest",
             Self::Prefault(_) => "prefault",
             Self::Convert(_) => "convert",
             Self::PunchHole(_) => "punch-hole",

@@ -5,6 +5,7 @@ mod demo;
 mod explain;
 mod fault;
 mod generate;
+mod guest;
 mod look;
 mod measure;
 mod ranges;
@@ -37,6 +38,7 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Slot(SlotCommand::Set(args)) => slot::set(client, args).await,
         Command::Slot(SlotCommand::Delete(args)) => slot::delete(client, args).await,
         Command::Fault(args) => fault::run(client, args).await,
+        Command::Guest(args) => guest::run(client, args).await,
         Command::Prefault(args) => ranges::prefault(client, args).await,
         Command::Convert(args) => ranges::convert(client, args).await,
         Command::PunchHole(args) => ranges::punch_hole(client, args).await,

@@ -160,6 +160,7 @@ macro_rules! unimplemented_methods {
 #[tonic::async_trait]
 impl MmuService for Service {
     type HandleFaultsStream = Answers<HandleFaultsResponse>;
+    type RunVcpuStream = Answers<RunVcpuResponse>;
     type PreFaultMemoryStream = Answers<PreFaultMemoryResponse>;
     type DumpTreeStream = Answers<DumpTreeResponse>;
     type AuditStream = Answers<AuditResponse>;
@@ -200,6 +201,13 @@ impl MmuService for Service {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    async fn run_vcpu(
+        &self,
+        _: Request<Streaming<RunVcpuRequest>>,
+    ) -> Result<Response<Self::RunVcpuStream>, Status> {
+        Err(Status::unimplemented("not in this test"))
     }
 
     async fn punch_hole(

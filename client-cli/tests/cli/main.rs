@@ -3,6 +3,7 @@
 mod commands;
 mod common;
 mod conformance;
+mod guest;
 mod leftovers;
 mod measure;
 mod replay;

@@ -14,6 +14,7 @@
 
 mod attachment;
 mod connection;
+mod guest;
 mod lane;
 mod monitor;
 mod retry;
@@ -34,6 +35,7 @@ use tracing::Span;
 use transport::Address;
 
 pub(crate) use attachment::{Attachment, LinkState};
+pub(crate) use guest::GuestLine;
 pub(crate) use retry::Budget;
 
 use attachment::Instances;

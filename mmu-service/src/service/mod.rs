@@ -5,6 +5,7 @@ mod faults;
 mod lifecycle;
 mod look;
 mod memory;
+mod run;
 mod stream;
 
 use std::sync::Arc;
@@ -45,6 +46,15 @@ macro_rules! mmu_service {
                 request: Request<Streaming<wire::HandleFaultsRequest>>,
             ) -> Result<Response<Self::HandleFaultsStream>, Status> {
                 Ok(Response::new(faults::handle_faults(&self.0, request.into_inner())))
+            }
+
+            type RunVcpuStream = Answers<wire::RunVcpuResponse>;
+
+            async fn run_vcpu(
+                &self,
+                request: Request<Streaming<wire::RunVcpuRequest>>,
+            ) -> Result<Response<Self::RunVcpuStream>, Status> {
+                Ok(Response::new(run::run_vcpu(&self.0, request.into_inner())))
             }
 
             type PreFaultMemoryStream = Answers<wire::PreFaultMemoryResponse>;

@@ -6,6 +6,7 @@ mod memory;
 mod proxy;
 mod ranges;
 mod refusals;
+mod run;
 mod stack;
 mod surface;
 mod table;
