@@ -34,6 +34,7 @@ pub use mmu::role::RootKind;
 pub use mmu::spte::SpteKind;
 pub use seam::{Batch, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
 pub use vm::{
-    AuditReport, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure, Mismatch,
-    Mode, RetPf, RootInfo, Stats, TreeEntry, Vm, VmConfig, VmInfo, Walk, WalkEntry,
+    AuditReport, Fault, FaultOutcome, FaultReport, FaultsReport, Held, InitRegion, MAX_MAP_CELLS,
+    Map, MapCell, Measure, Mismatch, Mode, RetPf, RootInfo, Stats, TreeEntry, Vm, VmConfig, VmInfo,
+    Walk, WalkEntry,
 };

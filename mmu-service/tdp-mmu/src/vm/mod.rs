@@ -14,6 +14,7 @@ mod fault;
 mod faulting;
 mod image;
 mod inspect;
+mod map;
 mod prefault;
 mod resolve;
 mod roots;
@@ -41,6 +42,7 @@ use crate::sync::{Mutex, lock};
 use crate::tdx::remove::Hooks;
 use crate::tdx::seam::Seam;
 use crate::tdx::td::{Td, TdState};
+pub use map::{Held, MAX_MAP_CELLS, Map, MapCell};
 pub use types::{
     AuditReport, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure, Mismatch,
     Mode, RetPf, RootInfo, Stats, TreeEntry, VmConfig, VmInfo, Walk, WalkEntry,
