@@ -6,6 +6,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ pub struct AdmissionLayer {
     places: Arc<Semaphore>,
     limit: usize,
     retry_after: Duration,
+    refused: Arc<AtomicU64>,
 }
 
 impl AdmissionLayer {
@@ -31,7 +33,13 @@ impl AdmissionLayer {
             places: Arc::new(Semaphore::new(limit)),
             limit,
             retry_after,
+            refused: Arc::default(),
         }
+    }
+
+    /// How many requests found no place so far.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// The refusal of a request that found no place.
@@ -77,7 +85,10 @@ where
     fn call(&mut self, request: R) -> Self::Future {
         match self.layer.places.clone().try_acquire_owned() {
             Ok(place) => AdmissionFuture::Admitted(Box::pin(self.inner.call(request)), place),
-            Err(_) => AdmissionFuture::Refused(Some(self.layer.refusal().into_http())),
+            Err(_) => {
+                self.layer.refused.fetch_add(1, Ordering::Relaxed);
+                AdmissionFuture::Refused(Some(self.layer.refusal().into_http()))
+            }
         }
     }
 }
@@ -125,7 +136,8 @@ mod tests {
                 Ok::<_, Infallible>(http::Response::new(Body::empty()))
             }
         });
-        let mut service = AdmissionLayer::new(2, retry_after).layer(inner);
+        let layer = AdmissionLayer::new(2, retry_after);
+        let mut service = layer.layer(inner);
         let admitted = [service.call(()), service.call(())];
 
         let refused = service.call(()).await.unwrap();
@@ -134,6 +146,7 @@ mod tests {
         assert_eq!(status.message(), "2 requests are in work, the limit");
         let details = status.get_error_details();
         assert_eq!(details.retry_info().unwrap().retry_delay, Some(retry_after));
+        assert_eq!(layer.refused(), 1);
 
         release.send(()).unwrap();
         for call in admitted {

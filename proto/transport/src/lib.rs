@@ -17,6 +17,7 @@ mod client;
 mod listen;
 mod server;
 mod signal;
+mod web;
 
 pub use address::{Address, AddressError};
 pub use admission::{Admission, AdmissionLayer};
@@ -25,6 +26,7 @@ pub use client::{ConnectError, HealthError, connect, connect_lazy, endpoint, hea
 pub use listen::{BindError, Connection, Incoming, Listener, PeerInfo};
 pub use server::{ServeError, serve, server};
 pub use signal::{shutdown_signal, stdin_closed};
+pub use web::with_web;
 
 /// HTTP/2 flow-control window of one stream, in bytes.
 pub const STREAM_WINDOW: u32 = 2 << 20;
