@@ -15,6 +15,7 @@ mod batch;
 mod cli;
 pub mod config;
 mod execute;
+mod metrics;
 mod platform;
 mod replay;
 mod service;
@@ -26,7 +27,7 @@ use std::time::Duration;
 use mirror_proto::module::tdx_module_service_server::{SERVICE_NAME, TdxModuleServiceServer};
 use tdx_module::{Module, PlatformError};
 use tokio_util::sync::CancellationToken;
-use tonic::service::LayerExt as _;
+use tonic::service::{LayerExt as _, Routes};
 use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, health_reporter};
 use transport::{AdmissionLayer, Listener, ServeError};
@@ -83,17 +84,21 @@ pub async fn run(
         config.limits.max_concurrent_requests,
         Duration::from_millis(RETRY_AFTER_MS),
     );
+    let (metrics, module) = service.metrics();
+    let web = metrics::routes(metrics, module, admission.clone());
     let max_message = usize::try_from(config.limits.max_message_bytes).unwrap_or(usize::MAX);
-    let router = transport::server()
-        // Its messages carry trace context of their own, see `trace`.
-        .layer(telemetry::propagate::ServerTraceLayer::new().skip(service::STREAM_PATH))
-        .add_service(admission.named_layer(
+    let services =
+        Routes::new(admission.named_layer(
             TdxModuleServiceServer::new(service).max_decoding_message_size(max_message),
         ))
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         // Older clients ask the alpha version only.
         .add_service(reflection().build_v1alpha()?);
+    let router = transport::server()
+        // Its messages carry trace context of their own, see `trace`.
+        .layer(telemetry::propagate::ServerTraceLayer::new().skip(service::STREAM_PATH))
+        .add_routes(transport::with_web(services, web));
 
     let drain = Duration::from_millis(config.limits.drain_ms);
     let shutdown = async move {

@@ -17,7 +17,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::batch::{Batch, Bounds, Ticket};
 use crate::config::Limits;
-use crate::execute;
+use crate::execute::{self, Meter};
+use crate::metrics::{Metrics, Via};
 use crate::platform;
 use crate::replay::{Session, Sessions};
 use crate::status::Refusal;
@@ -37,6 +38,7 @@ struct Shared {
     limits: Limits,
     bounds: Bounds,
     sessions: Sessions,
+    metrics: Arc<Metrics>,
     draining: CancellationToken,
 }
 
@@ -57,6 +59,7 @@ impl ModuleService {
             runs: limits.max_repeat,
             logical_processors: module.config().logical_processors,
         };
+        let metrics = Metrics::new(&module, &instance);
         let sessions = Sessions::new(limits.max_sessions, limits.replay_window, instance.clone());
         Self {
             shared: Arc::new(Shared {
@@ -65,6 +68,7 @@ impl ModuleService {
                 limits: limits.clone(),
                 bounds,
                 sessions,
+                metrics,
                 draining,
             }),
         }
@@ -74,6 +78,11 @@ impl ModuleService {
     pub(crate) fn instance(&self) -> &str {
         &self.shared.instance
     }
+
+    /// The module and what is counted of it.
+    pub(crate) fn metrics(&self) -> (Arc<Metrics>, Arc<Module>) {
+        (self.shared.metrics.clone(), self.shared.module.clone())
+    }
 }
 
 impl Shared {
@@ -82,6 +91,20 @@ impl Shared {
     async fn execute(
         &self,
         request: ExecuteRequest,
+        via: Via,
+        held: &mut Option<(String, Session)>,
+    ) -> Result<ExecuteResponse, Refusal> {
+        let outcome = self.check_and_execute(request, via, held).await;
+        if let Err(refusal) = &outcome {
+            self.metrics.refused(refusal);
+        }
+        outcome
+    }
+
+    async fn check_and_execute(
+        &self,
+        request: ExecuteRequest,
+        via: Via,
         held: &mut Option<(String, Session)>,
     ) -> Result<ExecuteResponse, Refusal> {
         let batch = Batch::check(request, self.bounds)?;
@@ -90,8 +113,13 @@ impl Shared {
             Some(ticket) => Some(self.session(ticket, held)?),
         };
         let (sequence, instance) = (batch.sequence, self.instance.clone());
+        let meter = Meter {
+            metrics: self.metrics.clone(),
+            via,
+        };
         execute::perform(
             &self.module,
+            meter,
             batch,
             session,
             move |results: &[SeamcallResult]| {
@@ -141,7 +169,7 @@ impl Shared {
                 request = batches.message() => request,
             };
             match request {
-                Ok(Some(request)) => match self.execute(request, &mut held).await {
+                Ok(Some(request)) => match self.execute(request, Via::Stream, &mut held).await {
                     Ok(answer) => room.send(Ok(answer)),
                     Err(refusal) => return room.send(Err(refusal.into())),
                 },
@@ -167,7 +195,7 @@ impl TdxModuleService for ModuleService {
             request.traceparent = telemetry::traceparent_of_current_span().unwrap_or_default();
         }
         Ok(Response::new(
-            self.shared.execute(request, &mut None).await?,
+            self.shared.execute(request, Via::Unary, &mut None).await?,
         ))
     }
 

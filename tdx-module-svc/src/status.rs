@@ -72,6 +72,33 @@ pub(crate) enum Refusal {
     ModuleFailed,
 }
 
+impl Refusal {
+    /// Every [`reason`](Self::reason).
+    pub(crate) const REASONS: [&'static str; 7] = [
+        "INVALID_FIELD",
+        "UNKNOWN_SESSION",
+        "BELOW_REPLAY_WINDOW",
+        "SEQUENCE_REUSED",
+        "TOO_MANY_SESSIONS",
+        "DRAINING",
+        "MODULE_FAILED",
+    ];
+
+    /// The refusal in a word.
+    pub(crate) fn reason(&self) -> &'static str {
+        let at = match self {
+            Self::Field(_) => 0,
+            Self::UnknownSession { .. } => 1,
+            Self::BelowWindow { .. } => 2,
+            Self::SequenceReused { .. } => 3,
+            Self::TooManySessions { .. } => 4,
+            Self::Draining => 5,
+            Self::ModuleFailed => 6,
+        };
+        Self::REASONS[at]
+    }
+}
+
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
         let message = refusal.to_string();
@@ -145,6 +172,7 @@ mod tests {
             (Refusal::ModuleFailed, Code::Internal, "MODULE_FAILED"),
         ] {
             let message = refusal.to_string();
+            assert_eq!(refusal.reason(), reason);
             let status = Status::from(refusal);
             assert_eq!(status.code(), code, "{reason}");
             assert_eq!(status.message(), message);
