@@ -75,6 +75,18 @@ impl Vm {
         cells: usize,
         module: bool,
     ) -> Result<Map, VmError> {
+        self.map_reading(gpa, cell_size, cells, module, LEAF_READS)
+    }
+
+    /// [`Vm::map`] with a bound on the leaf entries that are read.
+    fn map_reading(
+        &self,
+        gpa: u64,
+        cell_size: u64,
+        cells: usize,
+        module: bool,
+        reads: u64,
+    ) -> Result<Map, VmError> {
         let page = 1 << PAGE_SHIFT;
         if !cell_size.is_power_of_two() || cell_size < page {
             let reason = format!("{cell_size:#x} is not a power of two from {page:#x} on");
@@ -113,7 +125,7 @@ impl Vm {
         // With the module's answers the write side is held, as in an audit: nothing moves between
         // the two, and no call of a vCPU finds the module's tree lock taken by a look.
         let held = module.then(|| self.mmu.lock.write());
-        let sampled = self.paint_trees(&mut picture);
+        let sampled = self.paint_trees(&mut picture, reads);
         if module {
             self.paint_module(&mut picture)?;
         }
@@ -131,7 +143,7 @@ impl Vm {
     }
 
     /// Returns the sampling distance.
-    fn paint_trees(&self, picture: &mut Picture) -> u64 {
+    fn paint_trees(&self, picture: &mut Picture, reads: u64) -> u64 {
         let _rcu = crossbeam_epoch::pin();
         let roots = [RootKind::Direct, RootKind::Mirror]
             .map(|kind| self.mmu.root_of(kind).map(|root| (kind, root)));
@@ -142,7 +154,7 @@ impl Vm {
         }
         let entries = leaf_tables.len() as u64 * ENTRIES as u64;
         let distance = entries
-            .div_ceil(LEAF_READS)
+            .div_ceil(reads)
             .next_power_of_two()
             .min(ENTRIES as u64);
         for (kind, table, base) in leaf_tables {
@@ -344,6 +356,29 @@ mod tests {
                 [(0, 1, 0), (1, 1, 0)],
                 "from an address on"
             );
+        }
+    }
+
+    #[test]
+    fn entries_are_sampled_where_there_are_too_many() {
+        let rig = Rig::new();
+        let vm = rig.empty(Mode::Batched, Gpaw::W48);
+        map_private(&vm, 0..1024);
+        map_private(&vm, 1024..1026);
+        for (reads, sampled, private) in [
+            (3 * 512, 1, [512, 512, 2]),
+            (3 * 512 - 1, 2, [512, 512, 2]),
+            (512, 4, [512, 512, 4]),
+            (1, 512, [512, 512, 512]),
+        ] {
+            let map = vm.map_reading(0, 2 * MIB, 4, false, reads).unwrap();
+            let found: Vec<u64> = map.cells.iter().map(|cell| cell.private).collect();
+            assert_eq!(
+                (map.sampled, &found[..3]),
+                (sampled, &private[..]),
+                "{reads}"
+            );
+            assert_eq!(found[3], 0, "no table, no pages");
         }
     }
 
