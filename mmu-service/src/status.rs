@@ -34,6 +34,27 @@ const RETRY_SOON: Duration = Duration::from_millis(50);
 /// When a caller may come back for a module that is away.
 const RETRY_MODULE: Duration = Duration::from_secs(1);
 
+/// Reason of too many operations at a time.
+pub(crate) const OVERLOADED: &str = "OVERLOADED";
+/// Reason of a broken invariant.
+pub(crate) const INTERNAL: &str = "INTERNAL";
+/// Every reason there is.
+pub(crate) const REASONS: [&str; 13] = [
+    "INVALID_FIELD",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "WRONG_STATE",
+    "VM_DEAD",
+    "MEMORY_FAULT",
+    "EXHAUSTED",
+    OVERLOADED,
+    "BUSY",
+    "MODULE_UNREACHABLE",
+    "DRAINING",
+    "READER_STALLED",
+    INTERNAL,
+];
+
 const EIO: i32 = 5;
 const ENOENT: i32 = 2;
 const EAGAIN: i32 = 11;
@@ -53,6 +74,7 @@ struct Refusal {
 
 impl Refusal {
     fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
+        debug_assert!(REASONS.contains(&reason), "{reason} is not in the table");
         Self {
             code,
             reason,
