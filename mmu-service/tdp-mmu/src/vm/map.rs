@@ -229,7 +229,8 @@ impl Vm {
         }
         let mut cells = picture.cells.iter_mut();
         for flight in flights {
-            for (cell, result) in cells.by_ref().zip(seam.wait(flight)?) {
+            // Results first: they end a part, and a cell taken beyond them would be lost.
+            for (result, cell) in seam.wait(flight)?.into_iter().zip(cells.by_ref()) {
                 cell.sept = result
                     .status()
                     .is_success()
@@ -348,7 +349,11 @@ mod tests {
                 assert_eq!(painted(&map), expected, "{case}");
                 assert_eq!(map.sampled, 1, "{case}");
                 let slot: u64 = map.cells.iter().map(|cell| cell.slot).sum();
-                assert_eq!(slot, (cells as u64 * cell >> 12).min(SLOT_PAGES), "{case}");
+                assert_eq!(
+                    slot,
+                    ((cells as u64 * cell) >> 12).min(SLOT_PAGES),
+                    "{case}"
+                );
             }
             let behind = vm.map(2 * MIB, 4096, 512, false).unwrap();
             assert_eq!(
@@ -387,6 +392,17 @@ mod tests {
         let rig = Rig::new();
         let vm = rig.empty(Mode::Batched, Gpaw::W48);
         map_private(&vm, 0..3);
+        map_private(&vm, 510..1030);
+        let all = vm.map(0, 4096, 1030, true).unwrap().cells;
+        for (gfn, cell) in all.iter().enumerate() {
+            let mapped = !(3..510).contains(&gfn);
+            let expected = if mapped {
+                Some(PublicState::PENDING)
+            } else {
+                Some(PublicState::FREE)
+            };
+            assert_eq!((cell.sept, cell.differs), (expected, false), "{gfn:#x}");
+        }
         let states = |vm: &Vm| {
             let map = vm.map(0, 4096, 512, true).unwrap();
             let cell = |at: usize| (map.cells[at].sept, map.cells[at].differs);
