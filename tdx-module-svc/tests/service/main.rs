@@ -1,6 +1,7 @@
 //! The service as its callers see it: a real server on a Unix socket and on TCP, real clients.
 
 mod life;
+mod metrics;
 mod operations;
 mod refusals;
 mod replay;
