@@ -240,9 +240,21 @@ mod tests {
             ("--max-message", "1"),
             ("--rpc-deadline-s", "0"),
             ("--reconnect-attempts", "0"),
+            ("--max-page-requests", "0"),
+            ("--jaeger-url", "javascript:alert(1)"),
+            ("--jaeger-url", "http://"),
+            ("--jaeger-url", "http://user@jaeger"),
         ] {
             let error = Config::try_parse_from(["mmu-service", option, value]).unwrap_err();
             assert!(error.to_string().contains(option), "{option}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_way_to_jaeger_needs_no_slash_at_its_end() {
+        for url in ["https://jaeger.example/ui", "https://jaeger.example/ui/"] {
+            let config = Config::try_parse_from(["mmu-service", "--jaeger-url", url]).unwrap();
+            assert_eq!(config.page.jaeger_url, "https://jaeger.example/ui");
         }
     }
 

@@ -196,6 +196,8 @@ pub(super) fn runs(cells: &[MapCell]) -> Vec<Run> {
 pub(super) struct Walk {
     pub(super) gpa: String,
     pub(super) root: &'static str,
+    /// Whether the module was asked.
+    pub(super) asked: bool,
     pub(super) mapped: bool,
     pub(super) private_attribute: bool,
     pub(super) entries: Vec<WalkRow>,
@@ -219,7 +221,7 @@ pub(super) struct WalkRow {
 const HPA_MASK: u64 = 0x000F_FFFF_FFFF_F000;
 
 impl WalkRow {
-    fn of(entry: &wire::WalkEntry, is_mirror: bool) -> Self {
+    fn of(entry: &wire::WalkEntry, asked: bool) -> Self {
         let state = (!entry.sept_state.is_empty()).then(|| entry.sept_state.clone());
         let is_leaf = entry.kind == "leaf";
         // The module shows where a page lies, and not where its tables do.
@@ -242,23 +244,25 @@ impl WalkRow {
             sept_entry: entry.sept_entry.map(hex),
             sept_state: state,
             sept_hpa: page.map(hex),
-            differs: is_mirror && !agrees,
+            differs: asked && !agrees,
         }
     }
 }
 
 impl Walk {
-    pub(super) fn of(gpa: u64, walk: &wire::GetWalkResponse) -> Self {
+    pub(super) fn of(gpa: u64, walk: &wire::GetWalkResponse, module: bool) -> Self {
         let is_mirror = walk.root() == wire::Root::Mirror;
+        let asked = is_mirror && module;
         Self {
             gpa: hex(gpa),
             root: if is_mirror { "mirror" } else { "direct" },
+            asked,
             mapped: walk.mapped,
             private_attribute: walk.private_attribute,
             entries: walk
                 .entries
                 .iter()
-                .map(|entry| WalkRow::of(entry, is_mirror))
+                .map(|entry| WalkRow::of(entry, asked))
                 .collect(),
         }
     }

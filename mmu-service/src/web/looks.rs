@@ -16,6 +16,7 @@ use crate::convert;
 use crate::link::LinkState;
 use crate::metrics::REMEMBERED;
 use crate::service::look;
+use crate::status;
 
 /// VMs, and slots of one, that an answer lists.
 const LISTED: usize = 256;
@@ -53,6 +54,10 @@ pub(super) async fn overview(State(web): State<Web>) -> Result<Json<Overview>, A
         vms: listed,
         vms_total,
     }))
+}
+
+fn is_up(web: &Web) -> bool {
+    matches!(&*web.shell.link.state().borrow(), LinkState::Up(_))
 }
 
 fn down(reason: &str) -> Module {
@@ -103,9 +108,14 @@ pub(super) async fn map(
     let cell = asked.number("cell", CELL)?;
     let cells = asked.count("cells", CELLS, MAX_MAP_CELLS)?;
     let module = asked.flag("module")?;
-    let entry = match module {
-        true => web.shell.live_vm(id)?,
-        false => web.shell.vms.get(id)?,
+    let entry = if module {
+        // Whoever looks once a second is better off with a refusal than with a long wait.
+        if !is_up(&web) {
+            return Err(status::module_unreachable("the module does not answer").into());
+        }
+        web.shell.live_vm(id)?
+    } else {
+        web.shell.vms.get(id)?
     };
     let span = info_span!("map", vm = id, gpa, cell, cells, module);
     let map = web
@@ -127,11 +137,11 @@ pub(super) async fn walk(
     asked: Asked,
 ) -> Result<Json<Walk>, ApiError> {
     let gpa = asked.number("gpa", 0)?;
-    // A dead VM's tree is still there, but nobody to hold it against.
-    let module = web.shell.live_vm(vm_id).is_ok();
+    // The tree of a dead VM is still there, but nobody to hold it against.
+    let module = is_up(&web) && web.shell.live_vm(vm_id).is_ok();
     let request = wire::GetWalkRequest { vm_id, gpa, module };
     let walk = look::get_walk(&web.shell, request).await?;
-    Ok(Json(Walk::of(gpa, &walk)))
+    Ok(Json(Walk::of(gpa, &walk, module)))
 }
 
 pub(super) async fn batches(

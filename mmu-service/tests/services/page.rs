@@ -5,8 +5,10 @@ use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use mirror_proto::module::{ExecuteRequest, Seamcall};
 use serde_json::{Value, json};
 use tdx_defs::Leaf;
+use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::http::{self, Extra, get, over_tcp, post};
+use crate::metrics::Scrape;
 use crate::stack::{MIB, PAGE, SHARED, Stack, socket};
 
 /// TDH.MEM.RANGE.BLOCK of a page behind KVM's back, so that the trees differ.
@@ -488,6 +490,38 @@ async fn a_vm_of_a_tebibyte_is_shown_quickly_and_in_a_bounded_answer() {
             run("free", 4091, 0),
             run("private", 1, 1)
         ]
+    );
+}
+
+#[tokio::test]
+async fn without_its_module_the_page_still_shows_what_the_mmu_knows() {
+    let mut stack = Stack::start().await;
+    let vm = stack.running_vm(Mode::Batched, 1, 8 * MIB).await;
+    stack.prefault(vm, 0, PAGE).await.unwrap();
+    stack.module.take().unwrap().kill();
+    stack.wait_until(ServingStatus::NotServing).await;
+    let authority = stack.authority().to_owned();
+    let get = async |path: &str| get(&authority, path).await;
+
+    let overview = get("/api/overview").await.json();
+    assert_eq!(overview["module"]["up"], false);
+    let map = get(&format!("/api/vms/{vm}/map?cells=4")).await.json();
+    assert_eq!(runs(&map), [run("private", 1, 1), run("free", 3, 0)]);
+    let asked = get(&format!("/api/vms/{vm}/map?cell=4096&cells=4&module=true")).await;
+    assert_eq!(
+        asked.refusal(),
+        (503, "MODULE_UNREACHABLE".to_owned(), None)
+    );
+    let walk = get(&format!("/api/vms/{vm}/walk?gpa=0")).await.json();
+    assert_eq!(
+        (&walk["asked"], &walk["mapped"]),
+        (&json!(false), &json!(true))
+    );
+    assert_eq!(walk["entries"][3]["differs"], false, "nobody knows");
+    let metrics = Scrape::of(&authority).await;
+    assert_eq!(
+        (metrics.get("mmu_module_up"), metrics.get("mmu_vms")),
+        (0, 1)
     );
 }
 

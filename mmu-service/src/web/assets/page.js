@@ -50,7 +50,7 @@ function micros(us) {
 }
 
 const state = {
-  vm: null, page: null, jaeger: '', views: [], cells: [], selected: 0, columns: 64, cellPx: 10,
+  vm: null, page: null, jaeger: '', moduleUp: false, views: [], cells: [], selected: 0, columns: 64, cellPx: 10,
   last: 0, batches: [], paused: false, marks: {}, busy: false,
 };
 
@@ -109,6 +109,7 @@ async function refreshVm() {
 
 function showOverview(overview) {
   state.jaeger = overview.jaeger_url;
+  state.moduleUp = overview.module.up;
   const module = $('module');
   module.className = overview.module.up ? 'module up' : 'module down';
   module.textContent = overview.module.up
@@ -198,7 +199,7 @@ const view = () => state.views[state.views.length - 1];
 async function refreshMap() {
   const now = view(), vm = state.vm;
   if (!now) return;
-  const module = now.cell === PAGE && state.page.state !== 'dead';
+  const module = now.cell === PAGE && state.moduleUp && state.page.state !== 'dead';
   const map = await ask(`api/vms/${vm}/map?gpa=${hex(now.gpa)}&cell=${hex(now.cell)}&cells=${now.cells}&module=${module}`);
   if (now !== view() || vm !== state.vm) return;
   state.cells = map.runs.flatMap((run) => Array(run.n).fill(run));
@@ -377,12 +378,13 @@ async function refreshWalk() {
   if (vm !== state.vm || gpa !== address()) return;
   const mirror = walk.root === 'mirror';
   setText($('own-tree'), mirror ? 'KVM’s mirror root' : 'KVM’s direct root');
-  const mark = (entry) => (!mirror ? '' : entry.differs ? '≠' : '=');
-  const rows = walk.entries.map((entry) => el('tr', { class: entry.differs ? 'differs' : '' },
-    el('td', { class: 'mark', title: !mirror ? '' : entry.differs ? 'they differ' : 'they agree' }, mark(entry)),
+  const asked = mirror && walk.asked;
+  const mark = (entry) => (!asked ? '' : entry.differs ? '≠' : '=');
+  const rows = walk.entries.map((entry) => el('tr', { class: asked && entry.differs ? 'differs' : '' },
+    el('td', { class: 'mark', title: !asked ? '' : entry.differs ? 'they differ' : 'they agree' }, mark(entry)),
     el('td', {}, String(entry.level), el('small', {}, ` [${entry.index}]`)),
     el('td', { class: 'tree' }, entry.kind), el('td', { class: 'mono' }, entry.spte),
-    el('td', { class: 'tree' }, entry.sept_state || (mirror ? 'no table' : '—')),
+    el('td', { class: 'tree' }, entry.sept_state || (mirror && asked ? 'no table' : '—')),
     el('td', { class: 'mono' }, entry.sept_entry || '—')));
   const text = rows.map((row) => row.textContent).join('|');
   if (state.walk !== text) {
@@ -391,7 +393,7 @@ async function refreshWalk() {
   }
   const attribute = walk.private_attribute ? 'private' : 'shared';
   setText($('walk-note'), `${walk.gpa} is ${walk.mapped ? 'mapped' : 'not mapped'}; its memory attribute says ${attribute}.`
-    + (mirror ? '' : ' The direct root has no counterpart in the module.'));
+    + (!mirror ? ' The direct root has no counterpart in the module.' : asked ? '' : ' The module cannot be asked.'));
 }
 
 // ---- actions ----
