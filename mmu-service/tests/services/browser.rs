@@ -2,6 +2,7 @@
 //!
 //! Screenshots go to `$PAGE_SCREENSHOTS`, or to a folder below the target directory.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use mirror_proto::mmu::Mode;
@@ -35,12 +36,13 @@ fn screenshot(name: &str) -> PathBuf {
     folder.join(format!("{name}.png"))
 }
 
-/// Says loudly why nothing was tested.
+/// Says loudly why nothing was tested: past the test runner, which shows only what failing tests
+/// print.
 fn skipped() {
-    let line = "=".repeat(78);
-    eprintln!(
-        "\n{line}\nSKIPPED: chromium or chromedriver is not installed; the page is untested.\n{line}\n"
-    );
+    let line = "!".repeat(78);
+    let text = "SKIPPED: chromium or chromedriver is not installed, the page is not tested.\n         \
+                On Debian: apt-get install chromium chromium-driver";
+    let _ = writeln!(std::io::stderr(), "\n{line}\n{text}\n{line}");
 }
 
 async fn open(browser: &Browser, stack: &Stack, vm: u64, scheme: Scheme) {

@@ -3,9 +3,11 @@
 //! The part of W3C WebDriver that one test needs is six requests of JSON. The client libraries for
 //! it bring a TLS stack, or a licence or a crate that deny.toml keeps out.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -52,7 +54,8 @@ pub(crate) struct Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // The driver takes its browser along.
+        // The end of the session ends the browser; a driver that is killed leaves it behind.
+        let _ = self.end_session();
         let _ = self.driver.kill();
         let _ = self.driver.wait();
     }
@@ -102,6 +105,19 @@ impl Browser {
         let session = this.post("/session", &wanted).await;
         this.session = session["sessionId"].as_str().unwrap().to_owned();
         this
+    }
+
+    /// Without a runtime, since a test that failed ends here too.
+    fn end_session(&self) -> std::io::Result<()> {
+        let mut stream = TcpStream::connect(&self.authority)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let (authority, session) = (&self.authority, &self.session);
+        write!(
+            stream,
+            "DELETE /session/{session} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n"
+        )?;
+        // The answer comes when the browser is gone.
+        stream.read_exact(&mut [0; 12])
     }
 
     async fn post(&self, path: &str, body: &Value) -> Value {
