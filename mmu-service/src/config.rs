@@ -38,6 +38,10 @@ pub struct Config {
     /// How the module is talked to.
     #[command(flatten)]
     pub link: Link,
+
+    /// The page for browsers.
+    #[command(flatten)]
+    pub page: Page,
 }
 
 /// What to do instead of serving.
@@ -49,6 +53,43 @@ pub enum Command {
         #[arg(long, value_name = "URL", env = "MMU_ENDPOINT", default_value = DEFAULT_LISTEN)]
         endpoint: Address,
     },
+}
+
+/// The page for browsers.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Page")]
+pub struct Page {
+    /// Where Jaeger's page is, for links to the traces of actions.
+    #[arg(long, value_name = "URL", env = "MMU_JAEGER_URL", default_value = "http://localhost:16686", value_parser = web_url)]
+    pub jaeger_url: String,
+
+    /// Name by which browsers reach the page, besides localhost and plain addresses; more than
+    /// once for several names.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "MMU_PAGE_HOST",
+        value_delimiter = ','
+    )]
+    pub page_host: Vec<String>,
+
+    /// Requests of pages that are in work; those above are refused.
+    #[arg(long, value_name = "N", env = "MMU_MAX_PAGE_REQUESTS", default_value = "32", value_parser = value_parser!(u32).range(1..=1024))]
+    pub max_page_requests: u32,
+}
+
+/// A link that a browser may follow: no script, no credentials.
+fn web_url(text: &str) -> Result<String, String> {
+    let url = text.strip_suffix('/').unwrap_or(text);
+    let host = url
+        .strip_prefix("http://")
+        .or_else(|| url.strip_prefix("https://"));
+    match host {
+        Some(host) if !host.is_empty() && !host.contains(['@', '"', '\'', '<', '>', ' ']) => {
+            Ok(url.to_owned())
+        }
+        _ => Err("not of the form http://host:port or https://host:port".to_owned()),
+    }
 }
 
 /// What the service takes on at a time.
@@ -199,9 +240,21 @@ mod tests {
             ("--max-message", "1"),
             ("--rpc-deadline-s", "0"),
             ("--reconnect-attempts", "0"),
+            ("--max-page-requests", "0"),
+            ("--jaeger-url", "javascript:alert(1)"),
+            ("--jaeger-url", "http://"),
+            ("--jaeger-url", "http://user@jaeger"),
         ] {
             let error = Config::try_parse_from(["mmu-service", option, value]).unwrap_err();
             assert!(error.to_string().contains(option), "{option}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_way_to_jaeger_needs_no_slash_at_its_end() {
+        for url in ["https://jaeger.example/ui", "https://jaeger.example/ui/"] {
+            let config = Config::try_parse_from(["mmu-service", "--jaeger-url", url]).unwrap();
+            assert_eq!(config.page.jaeger_url, "https://jaeger.example/ui");
         }
     }
 

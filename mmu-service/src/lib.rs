@@ -16,13 +16,15 @@ mod config;
 mod convert;
 mod health;
 mod link;
+mod metrics;
 mod reasons;
 mod registry;
 mod server;
 mod service;
 mod shell;
 mod status;
+mod web;
 
 pub use cli::{Error, cli_main};
-pub use config::{Command, Config, DEFAULT_LISTEN, DEFAULT_MODULE, Limits, Link};
+pub use config::{Command, Config, DEFAULT_LISTEN, DEFAULT_MODULE, Limits, Link, Page};
 pub use server::run;

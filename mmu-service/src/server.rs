@@ -1,22 +1,25 @@
 //! The server: services, layers, and the way from the first connection to the last.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mirror_proto::mmu::mmu_service_server::{MmuServiceServer, SERVICE_NAME};
 use telemetry::propagate::ServerTraceLayer;
 use tokio::time::Instant;
-use tonic::service::LayerExt as _;
+use tonic::service::{LayerExt as _, Routes};
 use transport::{AdmissionLayer, Listener};
 
 use crate::cli::Error;
 use crate::config::{Config, size};
 use crate::health;
 use crate::link::ModuleLink;
+use crate::metrics::Metrics;
 use crate::reasons;
 use crate::service::Service;
 use crate::shell::Shell;
 use crate::status;
+use crate::web;
 
 /// When a request that found no place may come back.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
@@ -30,8 +33,10 @@ pub async fn run(
     listeners: Vec<Listener>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
-    let link = ModuleLink::start(config.link_config()).map_err(Error::Link)?;
-    let shell = Shell::new(config.limits, link);
+    let metrics = Metrics::new();
+    let link =
+        ModuleLink::start(config.link_config(), Arc::clone(&metrics.link)).map_err(Error::Link)?;
+    let shell = Shell::new(config.limits, link, metrics);
     let (reporter, health_service) = tonic_health::server::health_reporter();
     let health = health::report(reporter, &shell).await;
 
@@ -45,13 +50,15 @@ pub async fn run(
         reasons::OVERLOADED,
         status::DOMAIN,
     );
-    let router = transport::server()
-        .layer(ServerTraceLayer::new())
-        .add_service(health_service)
+    let web = web::routes(Arc::clone(&shell), config.page.clone(), admission.clone());
+    let services = Routes::new(health_service)
         .add_service(reflection().build_v1().map_err(Error::Reflection)?)
         .add_service(reflection().build_v1alpha().map_err(Error::Reflection)?)
         // Only in front of the work: a busy service still answers health checks.
         .add_service(admission.named_layer(mmu));
+    let router = transport::server()
+        .layer(ServerTraceLayer::new())
+        .add_routes(transport::with_web(services, web));
 
     for address in listeners
         .iter()

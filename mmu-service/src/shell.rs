@@ -15,6 +15,7 @@ use tracing::Span;
 
 use crate::config::{Limits, size};
 use crate::link::{LinkState, ModuleLink};
+use crate::metrics::{Costs, Metrics};
 use crate::registry::{Registry, VmEntry};
 use crate::status;
 
@@ -26,13 +27,14 @@ pub(crate) struct Shell {
     pub(crate) limits: Limits,
     pub(crate) link: Arc<ModuleLink>,
     pub(crate) vms: Registry,
+    pub(crate) metrics: Arc<Metrics>,
     threads: Arc<Semaphore>,
     running: TaskTracker,
     draining: watch::Sender<bool>,
 }
 
 impl Shell {
-    pub(crate) fn new(limits: Limits, link: Arc<ModuleLink>) -> Arc<Self> {
+    pub(crate) fn new(limits: Limits, link: Arc<ModuleLink>, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
             vms: Registry::new(limits.max_vms),
             threads: Arc::new(Semaphore::new(size(limits.max_operations))),
@@ -40,6 +42,7 @@ impl Shell {
             draining: watch::Sender::new(false),
             limits,
             link,
+            metrics,
         })
     }
 
@@ -73,15 +76,24 @@ impl Shell {
             .map_err(|_| status::internal("the operation broke off, see the log"))
     }
 
-    /// Runs one operation of a VM and turns its refusal into a status.
-    pub(crate) async fn operate<T: Send + 'static>(
+    /// Runs one operation of a VM, counts what it did, and turns its refusal into a status.
+    pub(crate) async fn operate<T: Costs + Send + 'static>(
         &self,
         entry: &Arc<VmEntry>,
         span: Span,
         work: impl FnOnce(&Vm) -> Result<T, VmError> + Send + 'static,
     ) -> Result<T, Status> {
         let entry = Arc::clone(entry);
-        self.run(span, move || work(&entry.vm))
+        let metrics = Arc::clone(&self.metrics);
+        // Counted there and not here: the operation ends whether or not its caller still waits.
+        let counted = move || {
+            let outcome = work(&entry.vm);
+            if let Ok(Some(counts)) = outcome.as_ref().map(Costs::costs) {
+                metrics.did(counts);
+            }
+            outcome
+        };
+        self.run(span, counted)
             .await?
             .map_err(|error| status::of_vm(&error))
     }

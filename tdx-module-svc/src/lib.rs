@@ -18,6 +18,7 @@ mod execute;
 pub mod fuzz;
 mod guest;
 mod host;
+mod metrics;
 mod platform;
 mod reasons;
 mod replay;
@@ -38,7 +39,7 @@ use mirror_proto::module::tdx_platform_service_server::{
 };
 use tdx_module::PlatformError;
 use tokio_util::sync::CancellationToken;
-use tonic::service::LayerExt as _;
+use tonic::service::{LayerExt as _, Routes};
 use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, health_reporter};
 use transport::{AdmissionLayer, Listener, ServeError};
@@ -106,28 +107,32 @@ pub async fn run(
         reasons::OVERLOADED,
         status::DOMAIN,
     );
+    let web = metrics::routes(service.metrics(), Arc::clone(&running), admission.clone());
     let max_message = usize::try_from(config.limits.max_message_bytes).unwrap_or(usize::MAX);
-    let router =
-        transport::server()
-            // Its messages carry trace context of their own, see `trace`.
-            .layer(
-                telemetry::propagate::ServerTraceLayer::new()
-                    .skip(service::STREAM_PATH)
-                    .skip(guest::STREAM_PATH),
-            )
-            .add_service(admission.clone().named_layer(
-                TdxModuleServiceServer::new(service).max_decoding_message_size(max_message),
-            ))
-            .add_service(admission.clone().named_layer(
+    let services =
+        Routes::new(admission.clone().named_layer(
+            TdxModuleServiceServer::new(service).max_decoding_message_size(max_message),
+        ))
+        .add_service(
+            admission.clone().named_layer(
                 TdxGuestServiceServer::new(guests).max_decoding_message_size(max_message),
-            ))
-            .add_service(admission.named_layer(
-                TdxPlatformServiceServer::new(host).max_decoding_message_size(max_message),
-            ))
-            .add_service(health_service)
-            .add_service(reflection().build_v1()?)
-            // Older clients ask the alpha version only.
-            .add_service(reflection().build_v1alpha()?);
+            ),
+        )
+        .add_service(admission.named_layer(
+            TdxPlatformServiceServer::new(host).max_decoding_message_size(max_message),
+        ))
+        .add_service(health_service)
+        .add_service(reflection().build_v1()?)
+        // Older clients ask the alpha version only.
+        .add_service(reflection().build_v1alpha()?);
+    let router = transport::server()
+        // Its messages carry trace context of their own, see `trace`.
+        .layer(
+            telemetry::propagate::ServerTraceLayer::new()
+                .skip(service::STREAM_PATH)
+                .skip(guest::STREAM_PATH),
+        )
+        .add_routes(transport::with_web(services, web));
 
     let drain = Duration::from_millis(config.limits.drain_ms);
     let shutdown = async move {

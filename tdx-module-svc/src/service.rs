@@ -16,7 +16,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::batch::{Batch, Bounds, Ticket};
 use crate::config::Limits;
-use crate::execute;
+use crate::execute::{self, Meter};
+use crate::metrics::{Metrics, Via};
 use crate::platform;
 use crate::replay::Session;
 use crate::running::{Run, Running};
@@ -36,6 +37,7 @@ struct Shared {
     running: Arc<Running>,
     limits: Limits,
     bounds: Bounds,
+    metrics: Arc<Metrics>,
     draining: CancellationToken,
 }
 
@@ -50,11 +52,13 @@ impl ModuleService {
             runs: limits.max_repeat,
             logical_processors: running.now().module.config().logical_processors,
         };
+        let metrics = Metrics::new(&running.now());
         Self {
             shared: Arc::new(Shared {
                 running,
                 limits: limits.clone(),
                 bounds,
+                metrics,
                 draining,
             }),
         }
@@ -62,13 +66,18 @@ impl ModuleService {
 
     /// One batch on its own, as `Execute` answers it.
     pub(crate) async fn answer(&self, request: ExecuteRequest) -> Result<ExecuteResponse, Status> {
-        Ok(self.shared.execute(request, &mut None).await?)
+        Ok(self.shared.execute(request, Via::Unary, &mut None).await?)
     }
 
     /// The platform and what of it is in use.
     pub(crate) fn describe(&self) -> GetPlatformResponse {
         let run = self.shared.running.now();
         platform::describe(&run.module, &self.shared.limits, &run.instance)
+    }
+
+    /// What is counted of the module.
+    pub(crate) fn metrics(&self) -> Arc<Metrics> {
+        self.shared.metrics.clone()
     }
 }
 
@@ -78,6 +87,20 @@ impl Shared {
     async fn execute(
         &self,
         request: ExecuteRequest,
+        via: Via,
+        held: &mut Held,
+    ) -> Result<ExecuteResponse, Refusal> {
+        let outcome = self.check_and_execute(request, via, held).await;
+        if let Err(refusal) = &outcome {
+            self.metrics.refused(refusal);
+        }
+        outcome
+    }
+
+    async fn check_and_execute(
+        &self,
+        request: ExecuteRequest,
+        via: Via,
         held: &mut Held,
     ) -> Result<ExecuteResponse, Refusal> {
         let batch = Batch::check(request, self.bounds)?;
@@ -87,8 +110,13 @@ impl Shared {
             Some(ticket) => Some(session_of(&run, ticket, held)?),
         };
         let (sequence, instance) = (batch.sequence, run.instance.clone());
+        let meter = Meter {
+            metrics: self.metrics.clone(),
+            via,
+        };
         execute::perform(
             &run.module,
+            meter,
             batch,
             session,
             move |results: &[SeamcallResult]| {
@@ -123,7 +151,7 @@ impl Shared {
                 request = batches.message() => request,
             };
             match request {
-                Ok(Some(request)) => match self.execute(request, &mut held).await {
+                Ok(Some(request)) => match self.execute(request, Via::Stream, &mut held).await {
                     Ok(answer) => room.send(Ok(answer)),
                     Err(refusal) => return room.send(Err(refusal.into())),
                 },

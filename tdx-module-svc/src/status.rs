@@ -75,7 +75,7 @@ pub(crate) enum Refusal {
 
 impl Refusal {
     /// The word for it, with its code.
-    fn reason(&self) -> Reason {
+    pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::Field(_) => reasons::INVALID_FIELD,
             Self::UnknownSession { .. } => reasons::UNKNOWN_SESSION,
@@ -165,6 +165,7 @@ mod tests {
             (Refusal::ModuleFailed, Code::Internal, "MODULE_FAILED"),
         ] {
             let message = refusal.to_string();
+            assert_eq!(refusal.reason().word, reason);
             let status = Status::from(refusal);
             assert_eq!(status.code(), code, "{reason}");
             assert_eq!(status.message(), message);

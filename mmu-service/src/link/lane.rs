@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mirror_proto::module::{ExecuteRequest, ExecuteResponse};
-use tdp_mmu::SeamError;
+use tdp_mmu::{SeamError, Via};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -230,6 +230,9 @@ impl Lane {
         let deadline = self.shared.config.rpc_deadline;
         let window = attachment.window(self.shared.config.window);
         let (outbound, requests) = mpsc::channel(window);
+        // All of them were handed to another connection before.
+        let again = self.unanswered.len();
+        self.shared.metrics.retried(Via::Stream, again);
         for sent in &mut self.unanswered {
             sent.at = Instant::now();
             if outbound.try_send(sent.request.clone()).is_err() {

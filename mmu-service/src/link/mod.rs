@@ -38,6 +38,7 @@ pub(crate) use attachment::{Attachment, LinkState};
 pub(crate) use guest::GuestLine;
 pub(crate) use retry::Budget;
 
+use crate::metrics::{Flight, LinkMetrics, Summary};
 use attachment::Instances;
 use lane::Lane;
 use unary::Calls;
@@ -122,6 +123,7 @@ struct Shared {
     instances: Instances,
     /// Asks the monitor to look at once.
     nudge: Notify,
+    metrics: Arc<LinkMetrics>,
 }
 
 type Answer = Result<Vec<SeamcallResult>, SeamError>;
@@ -137,10 +139,13 @@ struct Job {
 struct Reply {
     caller: SyncSender<Answer>,
     permit: Permit,
+    flight: Flight,
 }
 
 impl Reply {
     fn resolve(self, answer: Answer) {
+        self.flight.landed(&answer);
+        drop(self.flight);
         drop(self.permit);
         // A caller that does not wait any more has nothing to learn.
         let _ = self.caller.try_send(answer);
@@ -164,7 +169,7 @@ pub(crate) struct ModuleLink {
 
 impl ModuleLink {
     /// Starts the I/O thread. The module need not be there yet.
-    pub(crate) fn start(config: LinkConfig) -> io::Result<Arc<Self>> {
+    pub(crate) fn start(config: LinkConfig, metrics: Arc<LinkMetrics>) -> io::Result<Arc<Self>> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
@@ -174,6 +179,7 @@ impl ModuleLink {
             config,
             instances: Instances::new(),
             nudge: Notify::new(),
+            metrics,
         });
         let mut lanes = Vec::new();
         for lane in 0..shared.config.streams.max(1) {
@@ -256,6 +262,7 @@ impl ModuleLink {
                 reason: format!("the batch takes {bytes} bytes, the limit is {limit}"),
             }));
         }
+        let summary = Summary::of(&calls);
         let (span, traceparent) = batch_span(lp, via, calls.len());
         let request = ExecuteRequest {
             session: String::new(),
@@ -266,10 +273,15 @@ impl ModuleLink {
             traceparent,
         };
         let (caller, answer) = sync_channel(1);
+        // Timed from here on: the wait for a place is not the module's.
         let job = |permit| Job {
             request,
             attachment: Arc::clone(attachment),
-            reply: Reply { caller, permit },
+            reply: Reply {
+                caller,
+                permit,
+                flight: self.shared.metrics.started(via, summary),
+            },
         };
         let handed = match via {
             Via::Rpc => {

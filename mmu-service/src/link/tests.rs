@@ -211,7 +211,7 @@ impl Bench {
     fn new(deadline: Duration, attempts: u32) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let address = Address::Unix(dir.path().join("module.sock"));
-        let link = ModuleLink::start(LinkConfig {
+        let config = LinkConfig {
             module: address.clone(),
             streams: 2,
             window: 16,
@@ -222,8 +222,9 @@ impl Bench {
                 time: Duration::from_secs(60),
             },
             message_limit: 1 << 20,
-        })
-        .unwrap();
+        };
+        let metrics = crate::metrics::Metrics::new();
+        let link = ModuleLink::start(config, Arc::clone(&metrics.link)).unwrap();
         Self {
             _dir: dir,
             address,

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use mirror_proto::module::{ExecuteRequest, ExecuteResponse};
-use tdp_mmu::SeamError;
+use tdp_mmu::{SeamError, Via};
 use tonic::{Request, Status};
 
 use super::connection::{Connection, dial};
@@ -139,7 +139,10 @@ impl Calls {
             };
             self.shared.nudge.notify_one();
             match retry.failed(Instant::now()) {
-                Some(pause) => tokio::time::sleep(pause).await,
+                Some(pause) => {
+                    self.shared.metrics.retried(Via::Rpc, 1);
+                    tokio::time::sleep(pause).await;
+                }
                 None => return Err(give_up(doubt, reason)),
             }
         }

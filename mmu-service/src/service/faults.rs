@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use mirror_proto::{InvalidField, mmu as wire};
-use tdp_mmu::Fault;
-use tdx_defs::Gpa;
+use tdp_mmu::{Fault, RootKind};
+use tdx_defs::{Gpa, GpaLayout, Visibility};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -19,7 +19,7 @@ use crate::convert::{
 use crate::shell::Shell;
 use crate::status;
 
-pub(super) async fn handle_fault(
+pub(crate) async fn handle_fault(
     shell: &Arc<Shell>,
     request: wire::HandleFaultRequest,
 ) -> Result<wire::HandleFaultResponse, Status> {
@@ -27,7 +27,8 @@ pub(super) async fn handle_fault(
     let fault = fault_from_wire(&fault);
     let entry = shell.live_vm(request.vm_id)?;
     let vcpu = request.vcpu_id;
-    let (gfn, _) = entry.layout.split(Gpa::new(fault.gpa));
+    let (gfn, visibility) = entry.layout.split(Gpa::new(fault.gpa));
+    let metrics = Arc::clone(&shell.metrics);
     let span = info_span!(
         "handle_fault",
         vm = entry.id,
@@ -39,7 +40,12 @@ pub(super) async fn handle_fault(
     );
     let report = shell
         .operate(&entry, span, move |vm| {
-            let report = vm.handle_fault(vcpu, fault)?;
+            let outcome = vm.handle_fault(vcpu, fault);
+            match &outcome {
+                Ok(report) => metrics.fault(report),
+                Err(_) => metrics.fault_failed(root_of(visibility)),
+            }
+            let report = outcome?;
             let span = Span::current();
             span.record("root", root_name(report.root));
             span.record("ret_pf", ret_pf_name(report.ret_pf));
@@ -50,6 +56,22 @@ pub(super) async fn handle_fault(
         })
         .await?;
     Ok(fault_report_to_wire(report))
+}
+
+fn root_of(visibility: Visibility) -> RootKind {
+    match visibility {
+        Visibility::Private => RootKind::Mirror,
+        Visibility::Shared => RootKind::Direct,
+    }
+}
+
+/// The root that all of the faults are for, if there is one.
+fn common_root(layout: GpaLayout, faults: &[Fault]) -> Option<RootKind> {
+    let mut roots = faults
+        .iter()
+        .map(|fault| root_of(layout.split(Gpa::new(fault.gpa)).1));
+    let first = roots.next()?;
+    roots.all(|root| root == first).then_some(first)
 }
 
 /// Batches of one stream run in their order; a few are read ahead while one runs.
@@ -104,6 +126,9 @@ async fn answer_batches(
             Err(end) => Err(end),
         };
         let ends = outcome.is_err();
+        if let Err(refusal) = &outcome {
+            shell.metrics.refused(refusal);
+        }
         if !send(&out, outcome, shell.limits.stall()).await || ends {
             return;
         }
@@ -132,10 +157,13 @@ async fn answer_batch(
         vcpu = vcpu_id,
         faults = faults.len()
     );
+    let (layout, metrics) = (entry.layout, Arc::clone(&shell.metrics));
     let report = shell
         .operate(&entry, span, move |vm| {
             let faults: Vec<Fault> = faults.iter().map(fault_from_wire).collect();
-            vm.handle_faults(vcpu_id, &faults)
+            let report = vm.handle_faults(vcpu_id, &faults)?;
+            metrics.faults(&report, common_root(layout, &faults));
+            Ok(report)
         })
         .await?;
     Ok(faults_report_to_wire(tag, &report))
@@ -153,6 +181,7 @@ pub(super) fn pre_fault_memory(
     } = request;
     let entry = shell.live_vm(vm_id)?;
     let span = info_span!("pre_fault_memory", vm = vm_id, vcpu = vcpu_id, gpa, size);
+    let metrics = Arc::clone(&shell.metrics);
     Ok(answer(shell, entry, span, move |vm, pieces| {
         let counts = vm.pre_fault_memory(vcpu_id, gpa, size, &mut |done| {
             pieces.progress(wire::PreFaultMemoryResponse {
@@ -161,6 +190,7 @@ pub(super) fn pre_fault_memory(
                 finished: false,
             });
         })?;
+        metrics.did(&counts);
         let counts = Some(counts_to_wire(&counts));
         Ok(Some(wire::PreFaultMemoryResponse {
             done: size,

@@ -87,6 +87,7 @@ async fn build_vm(
         };
         match built {
             Ok(counts) => {
+                shell_there.metrics.did(&counts);
                 // Entered here and not by the caller: a VM whose caller hung up is still listed.
                 let entry = shell_there.vms.insert(place, label, vm, layout, attachment);
                 tracing::Span::current().record("vm", entry.id);
@@ -161,7 +162,10 @@ pub(super) async fn destroy_vm(
     let (counts, pages_leaked) = shell
         .run(span, move || {
             let destroyed = match entry_there.vm.destroy_in(mode) {
-                Ok(destroyed) => destroyed,
+                Ok(destroyed) => {
+                    shell_there.metrics.did(&destroyed.0);
+                    destroyed
+                }
                 Err(_) if entry_there.lost().is_some() => (Counts::default(), 0),
                 Err(error) => return Err(status::of_vm(&error)),
             };

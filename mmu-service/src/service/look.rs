@@ -19,7 +19,7 @@ use crate::status;
 /// Entries in one message of DumpTree.
 const TREE_ENTRIES: usize = 512;
 
-pub(super) async fn get_walk(
+pub(crate) async fn get_walk(
     shell: &Arc<Shell>,
     request: wire::GetWalkRequest,
 ) -> Result<wire::GetWalkResponse, Status> {
@@ -60,7 +60,7 @@ pub(super) fn dump_tree(
     }))
 }
 
-pub(super) fn audit(
+pub(crate) fn audit(
     shell: &Arc<Shell>,
     request: wire::AuditRequest,
 ) -> Result<Answers<wire::AuditResponse>, Status> {

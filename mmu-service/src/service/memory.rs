@@ -28,7 +28,7 @@ pub(super) async fn set_user_memory_region(
     })
 }
 
-pub(super) async fn set_memory_attributes(
+pub(crate) async fn set_memory_attributes(
     shell: &Arc<Shell>,
     request: wire::SetMemoryAttributesRequest,
 ) -> Result<wire::SetMemoryAttributesResponse, Status> {

@@ -1,10 +1,10 @@
 //! The RPCs of kvm.mmu.v1.MmuService, by group. A handler converts, has the core work on a thread
 //! of its own, and converts back.
 
-mod faults;
+pub(crate) mod faults;
 mod lifecycle;
-mod look;
-mod memory;
+pub(crate) mod look;
+pub(crate) mod memory;
 mod run;
 mod stream;
 
@@ -25,6 +25,13 @@ impl Service {
     pub(crate) fn new(shell: Arc<Shell>) -> Self {
         Self(shell)
     }
+
+    /// Counts a refusal and passes it on.
+    fn answered<T>(&self, outcome: Result<T, Status>) -> Result<Response<T>, Status> {
+        outcome
+            .map(Response::new)
+            .inspect_err(|refusal| self.0.metrics.refused(refusal))
+    }
 }
 
 /// Unary RPCs: one line each, `name: Request => Response, file`.
@@ -36,7 +43,7 @@ macro_rules! mmu_service {
                 &self,
                 request: Request<wire::$request>,
             ) -> Result<Response<wire::$response>, Status> {
-                $file::$name(&self.0, request.into_inner()).await.map(Response::new)
+                self.answered($file::$name(&self.0, request.into_inner()).await)
             })*
 
             type HandleFaultsStream = Answers<wire::HandleFaultsResponse>;
@@ -63,7 +70,7 @@ macro_rules! mmu_service {
                 &self,
                 request: Request<wire::PreFaultMemoryRequest>,
             ) -> Result<Response<Self::PreFaultMemoryStream>, Status> {
-                faults::pre_fault_memory(&self.0, request.into_inner()).map(Response::new)
+                self.answered(faults::pre_fault_memory(&self.0, request.into_inner()))
             }
 
             type DumpTreeStream = Answers<wire::DumpTreeResponse>;
@@ -72,7 +79,7 @@ macro_rules! mmu_service {
                 &self,
                 request: Request<wire::DumpTreeRequest>,
             ) -> Result<Response<Self::DumpTreeStream>, Status> {
-                look::dump_tree(&self.0, request.into_inner()).map(Response::new)
+                self.answered(look::dump_tree(&self.0, request.into_inner()))
             }
 
             type AuditStream = Answers<wire::AuditResponse>;
@@ -81,7 +88,7 @@ macro_rules! mmu_service {
                 &self,
                 request: Request<wire::AuditRequest>,
             ) -> Result<Response<Self::AuditStream>, Status> {
-                look::audit(&self.0, request.into_inner()).map(Response::new)
+                self.answered(look::audit(&self.0, request.into_inner()))
             }
         }
     };

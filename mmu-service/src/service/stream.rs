@@ -17,7 +17,7 @@ use crate::shell::Shell;
 use crate::status;
 
 /// The pieces, or the status that ends them.
-pub(super) type Answers<T> = ReceiverStream<Result<T, Status>>;
+pub(crate) type Answers<T> = ReceiverStream<Result<T, Status>>;
 
 /// Messages that wait for the reader.
 const PIECES: usize = 4;
@@ -64,6 +64,9 @@ pub(super) fn answer<T: Send + 'static>(
             let result = shell
                 .operate(&entry, span, move |vm| work(vm, &pieces))
                 .await;
+            if let Err(refusal) = &result {
+                shell.metrics.refused(refusal);
+            }
             if let Some(last) = result.transpose() {
                 send(&out, last, stall).await;
             }

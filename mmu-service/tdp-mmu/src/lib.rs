@@ -41,7 +41,7 @@ pub use mmu::spte::SpteKind;
 pub use seam::{Batch, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
 pub use trace::{Event, MAX_EVENTS, PageText, error_code};
 pub use vm::{
-    AuditReport, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure,
-    Mismatch, Mode, RetPf, RootInfo, RunExit, RunReport, RunRequest, Stats, TreeEntry, Vm,
-    VmConfig, VmInfo, Walk, WalkEntry,
+    AuditReport, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, Held, InitRegion,
+    MAX_MAP_CELLS, Map, MapCell, Measure, Mismatch, Mode, RetPf, RootInfo, RunExit, RunReport,
+    RunRequest, Stats, TreeEntry, Vm, VmConfig, VmInfo, Walk, WalkEntry,
 };

@@ -1,5 +1,6 @@
 //! What happens when one of the two processes, or the way between them, fails.
 
+use crate::metrics::Scrape;
 use crate::proxy::Proxy;
 use crate::stack;
 use crate::stack::{MIB, PAGE, Process, Stack, assert_refused, calls, pages, socket};
@@ -43,6 +44,17 @@ async fn a_connection_that_breaks_again_and_again_doubles_and_loses_nothing() {
         proxy.heal();
         stack.assert_clean(vm).await;
         assert!(proxy.cuts() >= 3, "{mode:?}: {} cuts", proxy.cuts());
+        let metrics = Scrape::of(stack.authority()).await;
+        let via = match mode {
+            Mode::Kernel => "rpc",
+            Mode::Batched | Mode::Unspecified => "stream",
+        };
+        let retries = metrics.get(&format!(r#"mmu_link_retries_total{{via="{via}"}}"#));
+        assert!(retries >= 3, "{mode:?}: {retries} retries");
+        assert_eq!(metrics.get("mmu_link_batches_in_flight"), 0);
+        let module = Scrape::of(&stack.module.as_ref().unwrap().authority).await;
+        let replayed = module.get("tdx_module_batches_replayed_total");
+        assert!(replayed <= retries, "{mode:?}: {replayed} of {retries}");
         assert_eq!(stack.destroy(vm).await.pages_leaked, 0);
         stack.assert_all_given_back().await;
         drop(stack);

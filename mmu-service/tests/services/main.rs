@@ -1,8 +1,13 @@
 //! Both services and a client, over Unix sockets: everything but the command line.
 
+mod browser;
+mod driver;
 mod failures;
+mod http;
 mod limits;
 mod memory;
+mod metrics;
+mod page;
 mod proxy;
 mod ranges;
 mod refusals;

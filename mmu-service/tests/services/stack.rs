@@ -34,6 +34,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// A service in a runtime of its own.
 pub(crate) struct Process {
     runtime: Option<tokio::runtime::Runtime>,
+    /// Host and port beside the Unix socket.
+    pub(crate) authority: String,
     stop: Option<oneshot::Sender<()>>,
     ended: Option<oneshot::Receiver<()>>,
 }
@@ -56,13 +58,19 @@ impl Process {
         let (bound, is_bound) = std::sync::mpsc::channel();
         let address = address.clone();
         runtime.spawn(async move {
-            let listener = Listener::bind(&address).await.unwrap();
-            bound.send(()).unwrap();
-            run(vec![listener], stopped).await.unwrap();
+            let unix = Listener::bind(&address).await.unwrap();
+            let port: Address = "http://127.0.0.1:0".parse().unwrap();
+            let tcp = Listener::bind(&port).await.unwrap();
+            let Address::Tcp(authority) = tcp.address().unwrap() else {
+                panic!("bound TCP")
+            };
+            bound.send(authority).unwrap();
+            run(vec![unix, tcp], stopped).await.unwrap();
             let _ = end.send(());
         });
-        is_bound.recv_timeout(PATIENCE).expect("bound");
+        let authority = is_bound.recv_timeout(PATIENCE).expect("bound");
         Self {
+            authority,
             runtime: Some(runtime),
             stop: Some(stop),
             ended: Some(ended),
@@ -170,6 +178,11 @@ impl Stack {
             stack.wait_until(ServingStatus::Serving).await;
         }
         stack
+    }
+
+    /// Where the page of the service is, as host and port.
+    pub(crate) fn authority(&self) -> &str {
+        &self.service.as_ref().expect("it runs").authority
     }
 
     /// Waits for a health status of the service.

@@ -3,7 +3,8 @@
 //! Logs go to stderr, filtered by `RUST_LOG`. Spans go to an OTLP collector, but only when one is
 //! configured by the usual `OTEL_*` variables; see [`settings`] for those that are read here
 //! because the OpenTelemetry SDK leaves them to the application. [`propagate`] carries the W3C
-//! trace context across gRPC calls, [`context`] inside messages of a long-lived stream.
+//! trace context across gRPC calls, [`context`] inside messages of a long-lived stream. [`metrics`]
+//! has what both services need to be scraped.
 //!
 //! Invariants
 //! - T1  Each layer has a filter of its own: `RUST_LOG=warn` quiets the log and not the traces.
@@ -12,6 +13,7 @@
 
 pub mod context;
 mod log;
+pub mod metrics;
 pub mod propagate;
 pub mod settings;
 

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ pub struct AdmissionLayer {
     retry_after: Duration,
     reason: Reason,
     domain: &'static str,
+    refused: Arc<AtomicU64>,
 }
 
 impl AdmissionLayer {
@@ -39,7 +41,13 @@ impl AdmissionLayer {
             retry_after,
             reason,
             domain,
+            refused: Arc::default(),
         }
+    }
+
+    /// How many requests found no place so far.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// The refusal of a request that found no place.
@@ -84,7 +92,10 @@ where
     fn call(&mut self, request: R) -> Self::Future {
         match self.layer.places.clone().try_acquire_owned() {
             Ok(place) => AdmissionFuture::Admitted(Box::pin(self.inner.call(request)), place),
-            Err(_) => AdmissionFuture::Refused(Some(self.layer.refusal().into_http())),
+            Err(_) => {
+                self.layer.refused.fetch_add(1, Ordering::Relaxed);
+                AdmissionFuture::Refused(Some(self.layer.refusal().into_http()))
+            }
         }
     }
 }
@@ -138,7 +149,8 @@ mod tests {
                 Ok::<_, Infallible>(http::Response::new(Body::empty()))
             }
         });
-        let mut service = AdmissionLayer::new(2, retry_after, OVERLOADED, "a.b").layer(inner);
+        let layer = AdmissionLayer::new(2, retry_after, OVERLOADED, "a.b");
+        let mut service = layer.layer(inner);
         let admitted = [service.call(()), service.call(())];
 
         let refused = service.call(()).await.unwrap();
@@ -149,6 +161,7 @@ mod tests {
         assert_eq!(details.retry_info().unwrap().retry_delay, Some(retry_after));
         let info = details.error_info().unwrap();
         assert_eq!((&*info.reason, &*info.domain), ("OVERLOADED", "a.b"));
+        assert_eq!(layer.refused(), 1);
 
         release.send(()).unwrap();
         for call in admitted {

@@ -18,6 +18,7 @@ mod listen;
 mod reason;
 mod server;
 mod signal;
+mod web;
 
 pub use address::{Address, AddressError};
 pub use admission::{Admission, AdmissionLayer};
@@ -29,6 +30,7 @@ pub use server::{ServeError, serve, server};
 pub use signal::{shutdown_signal, stdin_closed};
 /// The codes of [`Reason`]s.
 pub use tonic::Code;
+pub use web::with_web;
 
 /// HTTP/2 flow-control window of one stream, in bytes.
 pub const STREAM_WINDOW: u32 = 2 << 20;

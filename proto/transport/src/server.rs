@@ -25,8 +25,12 @@ pub enum ServeError {
 }
 
 /// A server with the windows and keepalive of this project; add layers and services.
+///
+/// It speaks HTTP/1 too, for scrapers and browsers: see [`with_web`](crate::with_web), which keeps
+/// that away from gRPC.
 pub fn server() -> Server {
     Server::builder()
+        .accept_http1(true)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keepalive_interval(Some(Duration::from_secs(KEEPALIVE_S)))

@@ -2,6 +2,7 @@
 
 mod guest;
 mod life;
+mod metrics;
 mod operations;
 mod refusals;
 mod replay;

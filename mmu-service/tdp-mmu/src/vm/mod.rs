@@ -18,6 +18,7 @@ mod hva;
 mod image;
 mod inspect;
 mod level;
+mod map;
 mod map_gpa;
 mod mmio;
 mod prefault;
@@ -49,6 +50,7 @@ use crate::tdx::remove::Hooks;
 use crate::tdx::seam::Seam;
 use crate::tdx::td::{Td, TdState};
 use level::WriteTracked;
+pub use map::{Held, MAX_MAP_CELLS, Map, MapCell};
 pub use run::{RunExit, RunReport, RunRequest};
 pub use types::{
     AuditReport, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure,
