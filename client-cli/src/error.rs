@@ -79,6 +79,9 @@ pub enum Error {
     /// The firmware image is none.
     #[error("the firmware image is malformed")]
     Tdvf(#[from] crate::tdvf::TdvfError),
+    /// What a benchmark relies on did not work.
+    #[error("the benchmark cannot be run")]
+    Bench(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The guest cannot go on.
     #[error("KVM_RUN failed: {reason}")]
     Guest {

@@ -11,6 +11,7 @@
 //!   `demo`, processes and sockets of `--local`.
 
 pub mod args;
+pub mod bench;
 pub mod client;
 mod commands;
 pub mod conformance;

@@ -4,6 +4,7 @@ use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use telemetry::propagate::TracedChannel;
 
 use crate::args::{Command, Globals};
+use crate::bench::Memory;
 use crate::client::{Client, Limits, connect_module, connect_module_channel};
 use crate::error::Error;
 use crate::local::{Local, LocalError};
@@ -61,6 +62,23 @@ impl Session {
     pub async fn client(&self) -> Result<Client, Error> {
         let mmu = self.mmu.as_deref().unwrap_or(mmu_service::DEFAULT_LISTEN);
         Client::connect(mmu, self.module.as_deref(), self.limits, self.stop.clone()).await
+    }
+
+    /// Whether the services are the command's own.
+    pub fn is_local(&self) -> bool {
+        self.local.is_some()
+    }
+
+    /// Where the module listens.
+    pub fn module_url(&self) -> &str {
+        self.module
+            .as_deref()
+            .unwrap_or(mmu_service::DEFAULT_MODULE)
+    }
+
+    /// Resident memory of the services, if they are the command's own.
+    pub fn memory(&self) -> Memory {
+        self.local.as_ref().map(Local::memory).unwrap_or_default()
     }
 
     /// A connection to the module, for its other services.

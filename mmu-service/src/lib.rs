@@ -16,6 +16,7 @@ mod config;
 mod convert;
 mod health;
 mod link;
+mod linked;
 mod metrics;
 mod reasons;
 mod registry;
@@ -27,4 +28,5 @@ mod web;
 
 pub use cli::{Error, cli_main};
 pub use config::{Command, Config, DEFAULT_LISTEN, DEFAULT_MODULE, Limits, Link, Page};
+pub use linked::{Linked, LinkedError, link_to};
 pub use server::run;

@@ -2,6 +2,7 @@
 //!
 //! Command names, and the keys of `--output json`, are an interface for scripts.
 
+mod bench;
 mod conformance;
 mod guest;
 mod measure;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mirror_proto::mmu::Mode;
 
+pub use bench::BenchArgs;
 pub use conformance::ConformanceArgs;
 pub use guest::{GuestArgs, GuestWord, GuestWordError};
 pub use measure::{MeasureArgs, MeasureOrder};
@@ -136,6 +138,8 @@ pub enum Command {
     Conformance(ConformanceArgs),
     /// MRTD of a firmware image: build a TD from its TDX metadata through both services
     Measure(MeasureArgs),
+    /// Measure what the system costs, each figure beside its floor from the same run
+    Bench(BenchArgs),
     /// The entries on the path to an address: the tree of KVM beside the module's
     Walk(WalkArgs),
     /// The page table trees of a VM
@@ -189,6 +193,7 @@ impl Command {
             Self::Seamcall(_) => "seamcall",
             Self::Vm(VmCommand::List | VmCommand::Show(_))
             | Self::Conformance(_)
+            | Self::Bench(_)
             | Self::Walk(_)
             | Self::Tree(_)
             | Self::Audit { .. }
@@ -203,7 +208,11 @@ impl Command {
     pub fn is_local_by_default(&self) -> bool {
         matches!(
             self,
-            Self::Demo(_) | Self::Replay(_) | Self::Conformance(_) | Self::Measure(_)
+            Self::Demo(_)
+                | Self::Replay(_)
+                | Self::Conformance(_)
+                | Self::Measure(_)
+                | Self::Bench(_)
         )
     }
 }

@@ -1,5 +1,6 @@
 //! One file for each group of commands: ask the services, make an [`Answer`].
 
+mod bench;
 mod conformance;
 mod demo;
 mod explain;
@@ -44,6 +45,7 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::PunchHole(args) => ranges::punch_hole(client, args).await,
         Command::Replay(args) => replay::run(client, args).await,
         Command::Measure(args) => measure::run(client, args).await,
+        Command::Bench(args) => bench::run(session, client, args).await,
         Command::Walk(args) => look::walk(client, args).await,
         Command::Tree(args) => look::tree(client, args).await,
         Command::Audit { vm } => look::audit(client, *vm).await,

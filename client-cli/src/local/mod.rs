@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use crate::bench::Memory;
 use crate::stop::Stop;
 use child::Role;
 use process::Process;
@@ -136,6 +137,14 @@ impl Local {
     /// Where the module listens.
     pub fn module_url(&self) -> &str {
         self.module.url()
+    }
+
+    /// Resident memory of both.
+    pub fn memory(&self) -> Memory {
+        Memory {
+            mmu: self.mmu.resident(),
+            module: self.module.resident(),
+        }
     }
 
     /// A child that ended although nobody asked it to: the cause behind a connection that broke.

@@ -1,5 +1,6 @@
 //! `mmuctl` as a process, with real services behind it.
 
+mod bench;
 mod commands;
 mod common;
 mod conformance;

@@ -52,6 +52,14 @@ impl Vm {
         })
     }
 
+    /// The mirror's leaf of an address, by a bare walk: what looking at the mirror costs at least.
+    pub fn mirror_leaf(&self, gpa: u64) -> Option<u64> {
+        let root = self.mmu.root_of(RootKind::Mirror)?;
+        let _rcu = crossbeam_epoch::pin();
+        let step = self.mmu.last(root, Gpa::new(gpa).frame())?;
+        spte::is_leaf(step.spte, step.level).then_some(step.spte)
+    }
+
     fn walk_entry(&self, step: &Step) -> WalkEntry {
         let (hpa, external_hpa) = self.behind(step.spte, step.level);
         WalkEntry {

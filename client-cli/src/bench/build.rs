@@ -1,0 +1,92 @@
+//! `build`: a measured image through both services, beside hashing the same bytes.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use mirror_proto::mmu::{InitMemRegionRequest, Mode};
+use sha2::{Digest as _, Sha384};
+use tdx_defs::PAGE_SIZE;
+
+use super::figure::{Figure, ns_per_op};
+use super::{Plan, remote, timed};
+use crate::client::Client;
+use crate::error::Error;
+use crate::progress::Progress;
+use crate::tally::Tally;
+
+/// Bytes of one InitMemRegion.
+const REGION: u64 = 1 << 20;
+/// Bytes that one TDH.MR.EXTEND measures, and the header in front of them.
+const CHUNK: usize = 256;
+const HEADER: usize = 128;
+
+pub(super) async fn run(
+    client: &Client,
+    plan: Plan,
+    progress: &Progress,
+) -> Result<Vec<Figure>, Error> {
+    let size = plan.size(16 << 20);
+    let pages = size / PAGE_SIZE;
+    let mut tally = Tally::default();
+    let samples = plan
+        .repeat(progress, async || {
+            let built = remote::with_td(client, Mode::Batched, size, false, async |vm_id| {
+                let start = Instant::now();
+                tally = add(client, vm_id, size).await?;
+                let took = start.elapsed();
+                remote::finalize(client, vm_id).await?;
+                Ok(took)
+            })
+            .await?;
+            let hashed = tokio::task::block_in_place(|| hash(size));
+            Ok((ns_per_op(built, pages), hashed))
+        })
+        .await?;
+    let names = ("add and measure a page", "SHA-384 over its records");
+    Ok(vec![Figure::new(names, pages, &samples).counts(&tally)])
+}
+
+async fn add(client: &Client, vm_id: u64, size: u64) -> Result<Tally, Error> {
+    let mut tally = Tally::default();
+    let mut gpa = 0;
+    while gpa < size {
+        let part = REGION.min(size - gpa);
+        let message = InitMemRegionRequest {
+            vm_id,
+            gpa,
+            size: part,
+            // At most a mebibyte.
+            data: vec![0xA5; usize::try_from(part).unwrap_or(0)],
+            measure: true,
+            ..Default::default()
+        };
+        let answer = client
+            .long("InitMemRegion", message, async |mut mmu, request| {
+                mmu.init_mem_region(request).await
+            })
+            .await?;
+        tally.add(answer.counts.as_ref());
+        gpa += part;
+    }
+    Ok(tally)
+}
+
+/// What the measurement of the same pages hashes: a record for each page and each chunk.
+pub(super) fn hash(size: u64) -> f64 {
+    let record = [0xA5; HEADER];
+    let chunk = [0x5A; CHUNK];
+    let pages = size / PAGE_SIZE;
+    let (digest, time) = timed(|| {
+        let mut hash = Sha384::new();
+        for _ in 0..pages {
+            hash.update(record);
+            for _ in 0..4096 / CHUNK {
+                hash.update(record);
+                hash.update(chunk);
+            }
+        }
+        hash.finalize()
+    });
+    black_box(digest);
+    ns_per_op(time, pages)
+}

@@ -1,0 +1,112 @@
+//! `mmuctl bench`: the cost of the system, each figure beside its floor from the same run.
+//!
+//! Absolute times belong to the machine. What is compared is measured side by side: in each repeat
+//! first one, then the other, and the ratio is that of the medians. Counts are exact.
+//!
+//! | file | content |
+//! |---|---|
+//! | `in_process` | both libraries in this process: the floor of everything that crosses a wire |
+//! | `remote` | VMs behind the two services |
+//! | `figure` | medians, ratios, and how they are told |
+//! | the others | one benchmark each |
+
+mod build;
+mod fault;
+mod figure;
+mod hit;
+mod in_process;
+mod ranges;
+mod raw;
+mod remote;
+mod scale;
+mod scatter;
+
+use std::time::{Duration, Instant};
+
+pub use figure::{Figure, Memory};
+
+use crate::client::Client;
+use crate::error::Error;
+use crate::progress::Progress;
+
+/// Which benchmark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Name {
+    /// A private fault that the mirror answers, beside a bare walk of the same tables
+    Hit,
+    /// One cold private fault through the module link, beside a ping-pong on an open stream
+    Fault,
+    /// Prefault of a range, beside both libraries in one process, and beside mode kernel
+    Populate,
+    /// Faults in random order through the fault stream, beside both libraries in one process
+    Scatter,
+    /// Conversion of a populated range to shared, beside its population
+    Convert,
+    /// A measured image, beside hashing the same bytes
+    Build,
+    /// Two vCPUs beside one: disjoint regions, one region, one page
+    Scale,
+    /// The floors by themselves
+    Raw,
+}
+
+/// What to measure.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    /// Which benchmark.
+    pub name: Name,
+    /// Bytes of guest memory; each benchmark has its own default.
+    pub size: Option<u64>,
+    /// Repeats that count.
+    pub repeats: u32,
+    /// Repeats before them that do not.
+    pub warm_up: u32,
+}
+
+impl Plan {
+    fn size(&self, default: u64) -> u64 {
+        self.size.unwrap_or(default)
+    }
+
+    /// Runs `repeat` as often as planned; only what it returns after the warm-up counts.
+    async fn repeat<T>(
+        &self,
+        progress: &Progress,
+        mut repeat: impl AsyncFnMut() -> Result<T, Error>,
+    ) -> Result<Vec<T>, Error> {
+        let mut samples = Vec::new();
+        for at in 0..self.warm_up + self.repeats {
+            let sample = repeat().await?;
+            if at >= self.warm_up {
+                samples.push(sample);
+            }
+            progress.advance(1);
+        }
+        Ok(samples)
+    }
+}
+
+/// Where the module listens, for benchmarks that have a link of their own.
+pub type ModuleUrl<'a> = &'a str;
+
+/// Runs one benchmark.
+pub async fn run(client: &Client, module: ModuleUrl<'_>, plan: Plan) -> Result<Vec<Figure>, Error> {
+    let progress = Progress::new("repeats", u64::from(plan.warm_up + plan.repeats));
+    match plan.name {
+        Name::Hit => hit::run(plan, &progress).await,
+        Name::Fault => fault::run(module, plan, &progress).await,
+        Name::Populate => ranges::populate(client, plan, &progress).await,
+        Name::Scatter => scatter::run(client, plan, &progress).await,
+        Name::Convert => ranges::convert(client, plan, &progress).await,
+        Name::Build => build::run(client, plan, &progress).await,
+        Name::Scale => scale::run(plan, &progress).await,
+        Name::Raw => raw::run(module, plan, &progress).await,
+    }
+}
+
+/// How long `work` takes.
+fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
+    let start = Instant::now();
+    let done = work();
+    (done, start.elapsed())
+}

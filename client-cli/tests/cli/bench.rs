@@ -1,0 +1,66 @@
+//! `mmuctl bench`: every benchmark runs and tells its figure beside a floor. Only counts are judged:
+//! times belong to the machine.
+
+use crate::common::run;
+
+#[test]
+fn every_benchmark_tells_a_figure_beside_its_floor() {
+    for (name, size, ops) in [
+        ("populate", "4M", 1024),
+        ("convert", "4M", 1024),
+        ("scatter", "4M", 1024),
+        ("build", "2M", 512),
+        ("hit", "4M", 64 * 4096),
+        ("scale", "4M", 1024),
+        ("fault", "2M", 100),
+        ("raw", "2M", 1000),
+    ] {
+        let ran = run([
+            "--output",
+            "json",
+            "bench",
+            name,
+            "--size",
+            size,
+            "--repeats",
+            "1",
+            "--warm-up",
+            "0",
+        ]);
+        assert_eq!(ran.code, Some(0), "{name}: {ran:?}");
+        let figure = ran.json();
+        assert_eq!(figure["ops"], ops, "{name}");
+        for key in ["ns_per_op", "floor_ns_per_op", "ratio"] {
+            assert!(
+                figure[key].as_f64().unwrap() > 0.0,
+                "{name} {key}: {figure}"
+            );
+        }
+        for service in ["mmu", "module"] {
+            let rss = figure["rss_bytes"][service].as_u64().unwrap();
+            assert!(rss > 1 << 20, "{name}: {figure}");
+        }
+        match name {
+            "populate" => {
+                assert_eq!(figure["seamcalls"]["TDH.MEM.PAGE.AUG"], 1024);
+                assert!(figure["rpcs"].as_u64().unwrap() <= 2, "{figure}");
+            }
+            "convert" => {
+                assert_eq!(figure["seamcalls"]["TDH.MEM.TRACK"], 1);
+                assert!(figure["rpcs"].as_u64().unwrap() <= 4, "{figure}");
+            }
+            "build" => assert_eq!(figure["seamcalls"]["TDH.MR.EXTEND"], 512 * 16),
+            "scale" => assert_eq!(figure["calls_per_page"], 1),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn sizes_that_cannot_be_are_refused() {
+    for size in ["0", "4097", "2T"] {
+        let ran = run(["bench", "populate", "--size", size]);
+        assert_eq!(ran.code, Some(2), "{ran:?}");
+        assert!(ran.stderr.contains("--size"), "{ran:?}");
+    }
+}
