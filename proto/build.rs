@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 4] = [
+/// Messages that the other packages share.
+const SHARED: &str = "mirror/trace/v1/trace.proto";
+const PROTOS: [&str; 5] = [
+    SHARED,
     "tdx/module/v1/module.proto",
     "tdx/module/v1/guest.proto",
     "tdx/module/v1/platform.proto",
@@ -21,6 +24,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Source page contents travel in `data`: shared buffers instead of copies.
     tonic_prost_build::configure()
         .bytes(".tdx.module.v1.Seamcall.data")
+        .extern_path(".mirror.trace.v1", "crate::trace")
         .compile_fds(descriptors)?;
+    // Last, since the line above leaves an empty file for a package that lives elsewhere.
+    tonic_prost_build::configure().compile_fds(protox::compile([SHARED], ["."])?)?;
     Ok(())
 }

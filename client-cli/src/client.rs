@@ -7,6 +7,7 @@ use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use telemetry::propagate::{ClientTraceLayer, TracedChannel};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tower::Layer as _;
+use transport::Address;
 
 use crate::error::{Error, Refusal};
 use crate::stop::Stop;
@@ -195,7 +196,21 @@ async fn connect(
             limit: limits.short,
         })?
         .map_err(|source| Error::Connect { service, source })?;
-    Ok(ClientTraceLayer::new().layer(channel))
+    Ok(trace_layer(url).layer(channel))
+}
+
+/// Names the server in the spans of its calls.
+fn trace_layer(url: &str) -> ClientTraceLayer {
+    let layer = ClientTraceLayer::new();
+    match url.parse::<Address>() {
+        Ok(Address::Unix(path)) => layer.server(&path.display().to_string(), None),
+        Ok(Address::Tcp(authority)) => match authority.rsplit_once(':') {
+            Some((host, port)) => layer.server(host, port.parse().ok()),
+            None => layer.server(&authority, None),
+        },
+        // Nobody could connect to it.
+        Err(_) => layer,
+    }
 }
 
 /// A request that tells the service how long somebody waits.

@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, value_parser};
+use telemetry::Gate;
 use transport::Address;
 
 use crate::link::{Budget, LinkConfig};
@@ -42,6 +43,10 @@ pub struct Config {
     /// The page for browsers.
     #[command(flatten)]
     pub page: Page,
+
+    /// Which faults are traced.
+    #[command(flatten)]
+    pub tracing: Tracing,
 }
 
 /// What to do instead of serving.
@@ -163,6 +168,26 @@ pub struct Link {
     pub reconnect_time_s: u64,
 }
 
+/// Which faults are traced, while spans are exported. A fault whose caller says "sampled" always
+/// is; one that failed, or met a busy module, has at least a span of its own.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Tracing")]
+pub struct Tracing {
+    /// Trace one fault in N that nobody asked to be traced; 0: none.
+    #[arg(long, value_name = "N", env = "MMU_TRACE_EVERY", default_value = "100")]
+    pub trace_every: u32,
+
+    /// A fault, or a message of faults, that takes this long always has a span, in milliseconds.
+    #[arg(long, value_name = "MS", env = "MMU_TRACE_SLOW_MS", default_value = "10", value_parser = value_parser!(u64).range(0..=3_600_000))]
+    pub trace_slow_ms: u64,
+}
+
+impl Tracing {
+    pub(crate) fn gate(&self) -> Gate {
+        Gate::new(self.trace_every, Duration::from_millis(self.trace_slow_ms))
+    }
+}
+
 impl Config {
     pub(crate) fn link_config(&self) -> LinkConfig {
         LinkConfig {
@@ -244,6 +269,8 @@ mod tests {
             ("--jaeger-url", "javascript:alert(1)"),
             ("--jaeger-url", "http://"),
             ("--jaeger-url", "http://user@jaeger"),
+            ("--trace-every", "often"),
+            ("--trace-slow-ms", "3600001"),
         ] {
             let error = Config::try_parse_from(["mmu-service", option, value]).unwrap_err();
             assert!(error.to_string().contains(option), "{option}: {error}");

@@ -191,6 +191,7 @@ pub(crate) fn fault_report_to_wire(report: FaultReport) -> wire::HandleFaultResp
             .collect(),
         rpcs: report.counts.rpcs,
         counts: Some(counts_to_wire(&report.counts)),
+        spans: Vec::new(),
     }
 }
 

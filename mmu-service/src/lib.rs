@@ -27,6 +27,6 @@ mod status;
 mod web;
 
 pub use cli::{Error, cli_main};
-pub use config::{Command, Config, DEFAULT_LISTEN, DEFAULT_MODULE, Limits, Link, Page};
+pub use config::{Command, Config, DEFAULT_LISTEN, DEFAULT_MODULE, Limits, Link, Page, Tracing};
 pub use linked::{Linked, LinkedError, link_to};
 pub use server::run;

@@ -16,7 +16,7 @@ use crate::health;
 use crate::link::ModuleLink;
 use crate::metrics::Metrics;
 use crate::reasons;
-use crate::service::Service;
+use crate::service::{self, Service};
 use crate::shell::Shell;
 use crate::status;
 use crate::web;
@@ -36,7 +36,8 @@ pub async fn run(
     let metrics = Metrics::new();
     let link =
         ModuleLink::start(config.link_config(), Arc::clone(&metrics.link)).map_err(Error::Link)?;
-    let shell = Shell::new(config.limits, link, metrics);
+    let gate = config.tracing.gate();
+    let shell = Shell::new(config.limits, gate.clone(), link, metrics);
     let (reporter, health_service) = tonic_health::server::health_reporter();
     let health = health::report(reporter, &shell).await;
 
@@ -57,7 +58,12 @@ pub async fn run(
         // Only in front of the work: a busy service still answers health checks.
         .add_service(admission.named_layer(mmu));
     let router = transport::server()
-        .layer(ServerTraceLayer::new())
+        .layer(
+            ServerTraceLayer::new()
+                .gate(service::FAULT_PATH, gate)
+                // Open for hours; its messages have spans of their own.
+                .skip(service::FAULT_STREAM_PATH),
+        )
         .add_routes(transport::with_web(services, web));
 
     for address in listeners

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tdp_mmu::{Vm, VmError};
+use telemetry::Gate;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::TaskTracker;
@@ -14,7 +15,7 @@ use tonic::Status;
 use tracing::Span;
 
 use crate::config::{Limits, size};
-use crate::link::{LinkState, ModuleLink};
+use crate::link::{self, LinkState, ModuleLink};
 use crate::metrics::{Costs, Metrics};
 use crate::registry::{Registry, VmEntry};
 use crate::status;
@@ -28,19 +29,27 @@ pub(crate) struct Shell {
     pub(crate) link: Arc<ModuleLink>,
     pub(crate) vms: Registry,
     pub(crate) metrics: Arc<Metrics>,
+    /// Which faults are traced.
+    pub(crate) gate: Gate,
     threads: Arc<Semaphore>,
     running: TaskTracker,
     draining: watch::Sender<bool>,
 }
 
 impl Shell {
-    pub(crate) fn new(limits: Limits, link: Arc<ModuleLink>, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub(crate) fn new(
+        limits: Limits,
+        gate: Gate,
+        link: Arc<ModuleLink>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             vms: Registry::new(limits.max_vms),
             threads: Arc::new(Semaphore::new(size(limits.max_operations))),
             running: TaskTracker::new(),
             draining: watch::Sender::new(false),
             limits,
+            gate,
             link,
             metrics,
         })
@@ -68,7 +77,7 @@ impl Shell {
         };
         let running = self.running.spawn_blocking(move || {
             let _thread = thread;
-            span.in_scope(work)
+            span.in_scope(|| link::operation(work))
         });
         // Only a panic of the core ends here; the runtime has printed it.
         running

@@ -24,9 +24,21 @@ pub mod mmu {
     tonic::include_proto!("kvm.mmu.v1");
 }
 
+/// `mirror.trace.v1`: spans inside answers.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    reason = "generated; documented in the .proto files"
+)]
+pub mod trace {
+    tonic::include_proto!("mirror.trace.v1");
+}
+
 mod convert;
 
 pub use convert::{InvalidField, seamcall_to_wire};
 
-/// Encoded `FileDescriptorSet` of both packages, for server reflection.
+/// Encoded `FileDescriptorSet` of all packages, for server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -65,6 +65,7 @@ impl Batch {
             calls,
             lp,
             traceparent,
+            return_spans: _,
         } = request;
         if session.len() > MAX_SESSION_BYTES {
             let reason = format!("{} bytes, the limit is {MAX_SESSION_BYTES}", session.len());

@@ -129,6 +129,8 @@ pub async fn run(
         // Its messages carry trace context of their own, see `trace`.
         .layer(
             telemetry::propagate::ServerTraceLayer::new()
+                // The host asks for the platform again and again: no trace begins here.
+                .continued_only()
                 .skip(service::STREAM_PATH)
                 .skip(guest::STREAM_PATH),
         )

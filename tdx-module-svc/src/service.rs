@@ -8,6 +8,7 @@ use mirror_proto::module::{
     ExecuteRequest, ExecuteResponse, GetPlatformRequest, GetPlatformResponse,
 };
 use tdx_defs::SeamcallResult;
+use telemetry::watch::Watch;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -103,6 +104,12 @@ impl Shared {
         via: Via,
         held: &mut Held,
     ) -> Result<ExecuteResponse, Refusal> {
+        // Before the batch opens its span, so that the span is recorded even if none are exported.
+        let watch = if request.return_spans {
+            Watch::begin(&request.traceparent)
+        } else {
+            None
+        };
         let batch = Batch::check(request, self.bounds)?;
         let run = self.running.now();
         let session = match &batch.ticket {
@@ -114,7 +121,7 @@ impl Shared {
             metrics: self.metrics.clone(),
             via,
         };
-        execute::perform(
+        let mut response = execute::perform(
             &run.module,
             meter,
             batch,
@@ -125,10 +132,15 @@ impl Shared {
                     sequence,
                     instance,
                     results,
+                    spans: Vec::new(),
                 }
             },
         )
-        .await
+        .await?;
+        if let Some(watch) = watch {
+            response.spans = watch.take();
+        }
+        Ok(response)
     }
 
     /// Answers the batches of one stream in their order, until the caller or the service is done

@@ -84,7 +84,7 @@ async fn faults(client: &Client, vm_id: u64, order: &[u64]) -> Result<Tally, Err
                     ..WireFault::default()
                 })
                 .collect(),
-            tag: 0,
+            ..HandleFaultsRequest::default()
         })
         .collect();
     let count = batches.len();

@@ -28,6 +28,7 @@ pub(super) async fn run(client: &Client, args: &FaultArgs) -> Result<Answer, Err
             qualification: qualification(args),
             extended_qualification: if args.pending { PENDING } else { 0 },
         }),
+        ..HandleFaultRequest::default()
     };
     let answer = client
         .short("HandleFault", message, async |mut mmu, request| {

@@ -285,6 +285,7 @@ impl<'a> Lane<'a> {
             vcpu_id: sent.vcpu_id,
             faults: sent.faults.clone(),
             tag: sent.tag,
+            ..Default::default()
         };
         self.waiting.push_back(sent);
         match &self.stream {

@@ -103,7 +103,7 @@ impl Services {
         services
     }
 
-    fn url(&self, name: &str) -> String {
+    pub(crate) fn url(&self, name: &str) -> String {
         format!(
             "unix://{}",
             self.directory.path().join(format!("{name}.sock")).display()

@@ -1,10 +1,15 @@
-//! One fault is one trace through three processes, seen by a real OTLP receiver.
+//! One fault is one trace through three processes, seen by a real OTLP receiver. Faults that nobody
+//! asked to be traced are traced by count, or afterwards when they are worth it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use mirror_proto::mmu::mmu_service_client::MmuServiceClient;
+use mirror_proto::mmu::{Fault, HandleFaultRequest, HandleFaultsRequest};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
+use tonic::Code;
+use tonic::transport::Channel;
 use trace_sink::{Received, Store};
 
 use crate::common::Services;
@@ -78,11 +83,7 @@ impl Drop for Receiver {
 fn one_fault_is_one_trace_with_spans_of_three_processes() {
     let receiver = Receiver::start();
     let services = Services::start_with(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)]);
-    services.ok("vm create");
-    services.ok("vcpu add --vm 1");
-    services.ok("slot set --vm 1 --gpa 0 --size 2G");
-    services.ok("convert --vm 1 --gpa 0 --size 2G --to private");
-    services.ok("vm finalize --vm 1");
+    build(&services);
     // The first fault also loads the vCPU's roots; the second one is in another GiB.
     services.ok("fault --vm 1 --gpa 0x1000");
     let fault = services.ok("fault --vm 1 --gpa 0x40000000");
@@ -134,6 +135,55 @@ fn one_fault_is_one_trace_with_spans_of_three_processes() {
         assert_eq!(count(process, name), expected, "{process}: {name}");
     }
 
+    // Both processes name things alike.
+    for (process, name, key, expected) in [
+        (
+            "mmuctl",
+            "kvm.mmu.v1.MmuService/HandleFault",
+            "rpc.system.name",
+            "grpc",
+        ),
+        (
+            "mmu-service",
+            "kvm.mmu.v1.MmuService/HandleFault",
+            "rpc.response.status_code",
+            "OK",
+        ),
+        ("mmu-service", "handle_fault", "kvm.gfn", "0x40000"),
+        (
+            "mmu-service",
+            "handle_fault",
+            "kvm.pf.outcome",
+            "RET_PF_FIXED",
+        ),
+        (
+            "mmu-service",
+            "seamcall batch",
+            "rpc.method",
+            "tdx.module.v1.TdxModuleService/ExecuteStream",
+        ),
+        ("tdx-module-svc", "TDH.MEM.PAGE.AUG", "kvm.gfn", "0x40000"),
+        (
+            "tdx-module-svc",
+            "TDH.MEM.PAGE.AUG",
+            "tdx.status",
+            "0x0000000000000000",
+        ),
+    ] {
+        let received = spans
+            .iter()
+            .find(|received| received.service() == process && received.span.name == name);
+        let value = received.and_then(|received| received.attribute(key));
+        assert_eq!(value.as_deref(), Some(expected), "{process}: {name}: {key}");
+    }
+    let call = spans
+        .iter()
+        .find(|received| received.service() == "mmuctl" && received.span.kind == 3);
+    let server = call
+        .and_then(|call| call.attribute("server.address"))
+        .unwrap();
+    assert!(server.ends_with("mmu.sock"), "{server}");
+
     // What stands in for Jaeger tells the same over the query API.
     let answer = receiver.get(&format!("/api/v3/traces/{trace_id}"));
     for expected in ["resourceSpans", "TDH.MEM.PAGE.AUG", "mmuctl", &trace_id] {
@@ -142,4 +192,235 @@ fn one_fault_is_one_trace_with_spans_of_three_processes() {
     let unknown = receiver.get("/api/v3/traces/00000000000000000000000000000001");
     assert!(unknown.starts_with("HTTP/1.1 404"), "{unknown}");
     assert!(receiver.get("/api/v3/services").contains("tdx-module-svc"));
+}
+
+/// A finished TD with 2 GiB of private memory and one vCPU; the address of its root page.
+fn build(services: &Services) -> u64 {
+    let vm = services.ok("vm create");
+    let tdr = vm["tdr"].as_str().unwrap().trim_start_matches("0x");
+    services.ok("vcpu add --vm 1");
+    services.ok("slot set --vm 1 --gpa 0 --size 2G");
+    services.ok("convert --vm 1 --gpa 0 --size 2G --to private");
+    services.ok("vm finalize --vm 1");
+    u64::from_str_radix(tdr, 16).unwrap()
+}
+
+/// A program that knows nothing of traces, or says what it wants in so many words.
+struct Guest {
+    runtime: tokio::runtime::Runtime,
+    mmu: MmuServiceClient<Channel>,
+}
+
+impl Guest {
+    fn connect(services: &Services) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let channel = runtime
+            .block_on(transport::connect(&services.url("mmu")))
+            .unwrap();
+        Self {
+            runtime,
+            mmu: MmuServiceClient::new(channel),
+        }
+    }
+
+    fn fault(&mut self, gpa: u64, traceparent: &str) -> Result<(), Code> {
+        let mut request = tonic::Request::new(HandleFaultRequest {
+            vm_id: 1,
+            fault: Some(fault(gpa)),
+            ..Default::default()
+        });
+        if !traceparent.is_empty() {
+            let metadata = request.metadata_mut();
+            metadata.insert("traceparent", traceparent.parse().unwrap());
+        }
+        let answer = self.runtime.block_on(self.mmu.handle_fault(request));
+        answer.map(|_| ()).map_err(|status| status.code())
+    }
+
+    fn faults(&mut self, faults: Vec<Fault>, links: &[&str]) {
+        let message = HandleFaultsRequest {
+            vm_id: 1,
+            faults,
+            links: links.iter().map(|&link| link.to_owned()).collect(),
+            ..Default::default()
+        };
+        self.runtime.block_on(async {
+            let stream = tokio_stream::iter([message]);
+            let mut answers = self.mmu.handle_faults(stream).await.unwrap().into_inner();
+            while answers.message().await.unwrap().is_some() {}
+        });
+    }
+}
+
+fn fault(gpa: u64) -> Fault {
+    Fault {
+        gpa,
+        qualification: 1,
+        ..Default::default()
+    }
+}
+
+/// Spans of faults, whatever trace they are in.
+fn of_faults(receiver: &Receiver) -> Vec<Received> {
+    let mut spans = receiver.spans.all();
+    spans.retain(|received| received.span.name.starts_with("handle_fault"));
+    spans
+}
+
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+
+#[test]
+fn faults_that_nobody_watches_are_traced_by_count() {
+    let receiver = Receiver::start();
+    let services = Services::start_with(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint),
+        ("MMU_TRACE_EVERY", "3"),
+        ("MMU_TRACE_SLOW_MS", "3600000"),
+    ]);
+    build(&services);
+    let mut guest = Guest::connect(&services);
+    for page in 0..7 {
+        guest.fault(page << 12, "").unwrap();
+    }
+    // Sampled means asked; not sampled means that the caller decided against it.
+    guest
+        .fault(7 << 12, &format!("00-{TRACE}-b7ad6b7169203331-01"))
+        .unwrap();
+    for page in 8..20 {
+        guest
+            .fault(page << 12, &format!("00-{TRACE}-b7ad6b7169203332-00"))
+            .unwrap();
+    }
+    drop(guest);
+    drop(services);
+    let gfns: Vec<_> = of_faults(&receiver)
+        .iter()
+        .map(|received| received.attribute("kvm.gfn").unwrap())
+        .collect();
+    assert_eq!(gfns, ["0x0", "0x3", "0x6", "0x7"]);
+    let leaves = receiver.spans.all().into_iter();
+    let augs = leaves.filter(|one| one.span.name == "TDH.MEM.PAGE.AUG");
+    assert_eq!(augs.count(), 4, "those in the module, and no others");
+}
+
+#[test]
+fn failed_faults_have_a_span_afterwards() {
+    let receiver = Receiver::start();
+    let services = Services::start_with(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint),
+        ("MMU_TRACE_EVERY", "0"),
+        ("MMU_TRACE_SLOW_MS", "3600000"),
+    ]);
+    build(&services);
+    let mut guest = Guest::connect(&services);
+    guest.fault(0x1000, "").unwrap();
+    // Shared memory behind an address that is private: the exit goes to the VMM.
+    let unsampled = format!("00-{TRACE}-b7ad6b7169203331-00");
+    guest.fault(0x8000_0000_1000, &unsampled).unwrap_err();
+    guest.faults(vec![fault(0x2000), fault(0x8000_0000_3000)], &[]);
+    guest.faults(vec![fault(0x4000)], &[]);
+    drop(guest);
+    drop(services);
+
+    let spans = of_faults(&receiver);
+    let [single, batch] = &spans[..] else {
+        panic!("{spans:#?}");
+    };
+    assert_eq!(
+        single.attribute("kvm.trace.late").as_deref(),
+        Some("failed")
+    );
+    assert_eq!(single.attribute("kvm.gfn").as_deref(), Some("0x1"));
+    assert_eq!(single.trace_id(), TRACE, "in the trace of its caller");
+    assert_eq!(single.span.status.as_ref().unwrap().code, 2);
+    assert!(single.span.end_time_unix_nano > single.span.start_time_unix_nano);
+    assert_eq!(batch.span.name, "handle_faults");
+    assert_eq!(batch.attribute("kvm.trace.late").as_deref(), Some("failed"));
+    assert_eq!(batch.attribute("kvm.pf.fixed").as_deref(), Some("1"));
+    assert_eq!(batch.span.events.len(), 1);
+}
+
+#[test]
+fn slow_faults_have_a_span_afterwards_with_the_answers_of_the_module() {
+    let receiver = Receiver::start();
+    // Everything is slow.
+    let services = Services::start_with(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint),
+        ("MMU_TRACE_EVERY", "0"),
+        ("MMU_TRACE_SLOW_MS", "0"),
+    ]);
+    build(&services);
+    let mut guest = Guest::connect(&services);
+    guest.fault(0x1000, "").unwrap();
+    drop(guest);
+    drop(services);
+    let spans = of_faults(&receiver);
+    let [span] = &spans[..] else {
+        panic!("{spans:#?}");
+    };
+    assert_eq!(span.attribute("kvm.trace.late").as_deref(), Some("slow"));
+    assert_eq!(
+        span.attribute("kvm.pf.outcome").as_deref(),
+        Some("RET_PF_FIXED")
+    );
+    assert_eq!(span.span.events.len(), 4, "three tables and a page");
+}
+
+#[test]
+fn a_message_of_faults_is_one_span_with_links_to_those_that_are_watched() {
+    let receiver = Receiver::start();
+    let services = Services::start_with(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint),
+        ("MMU_TRACE_EVERY", "0"),
+    ]);
+    build(&services);
+    let mut guest = Guest::connect(&services);
+    let watched = format!("00-{TRACE}-b7ad6b7169203331-01");
+    guest.faults(
+        (0..100).map(|page| fault(page << 12)).collect(),
+        &[&watched],
+    );
+    drop(guest);
+    drop(services);
+    let spans = of_faults(&receiver);
+    let [span] = &spans[..] else {
+        panic!("{spans:#?}");
+    };
+    assert_eq!(span.attribute("kvm.faults").as_deref(), Some("100"));
+    assert_eq!(span.attribute("kvm.pf.fixed").as_deref(), Some("100"));
+    let links: Vec<String> = span
+        .span
+        .links
+        .iter()
+        .map(|link| {
+            link.span_id
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect()
+        })
+        .collect();
+    assert_eq!(links, ["b7ad6b7169203331"]);
+    assert_ne!(span.trace_id(), TRACE);
+    let module = receiver.spans.trace(&span.trace_id());
+    assert!(
+        module.iter().any(|one| one.service() == "tdx-module-svc"),
+        "{module:#?}"
+    );
+}
+
+#[test]
+fn health_checks_and_the_services_own_calls_make_no_traces() {
+    let receiver = Receiver::start();
+    let services = Services::start_with(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for name in ["mmu", "module"] {
+        runtime
+            .block_on(transport::healthcheck(&services.url(name)))
+            .unwrap();
+    }
+    drop(services);
+    assert_eq!(receiver.spans.all(), []);
 }

@@ -40,6 +40,25 @@ impl Received {
     }
 }
 
+impl Received {
+    /// 32 hex digits.
+    pub fn trace_id(&self) -> String {
+        hex(&self.span.trace_id)
+    }
+
+    /// An attribute of the span, as text.
+    pub fn attribute(&self, key: &str) -> Option<String> {
+        let found = self.span.attributes.iter().find(|one| one.key == key)?;
+        Some(match found.value.as_ref()?.value.as_ref()? {
+            Value::StringValue(text) => text.clone(),
+            Value::IntValue(number) => number.to_string(),
+            Value::BoolValue(fact) => fact.to_string(),
+            Value::DoubleValue(number) => number.to_string(),
+            other => format!("{other:?}"),
+        })
+    }
+}
+
 /// What has arrived so far. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Store(Arc<Mutex<VecDeque<Received>>>);
@@ -56,6 +75,11 @@ impl Store {
             .filter(|received| hex(&received.span.trace_id) == trace_id)
             .cloned()
             .collect()
+    }
+
+    /// All spans, in the order of their arrival.
+    pub fn all(&self) -> Vec<Received> {
+        self.spans().iter().cloned().collect()
     }
 
     /// Names of the processes that sent spans, ascending.

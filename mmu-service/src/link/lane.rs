@@ -136,9 +136,10 @@ impl Lane {
                 }
                 End::Overloaded(reason) => reason,
                 End::Lost(reason) => {
-                    self.unanswered
-                        .iter_mut()
-                        .for_each(|sent| sent.doubt = true);
+                    for sent in &mut self.unanswered {
+                        sent.doubt = true;
+                        sent.reply.span.failed(&reason);
+                    }
                     reason
                 }
             };
@@ -235,6 +236,7 @@ impl Lane {
         self.shared.metrics.retried(Via::Stream, again);
         for sent in &mut self.unanswered {
             sent.at = Instant::now();
+            sent.reply.span.sent_again();
             if outbound.try_send(sent.request.clone()).is_err() {
                 return End::Lost("more is unanswered than the window holds".into());
             }

@@ -18,6 +18,7 @@ mod guest;
 mod lane;
 mod monitor;
 mod retry;
+mod spans;
 mod unary;
 mod window;
 
@@ -31,16 +32,17 @@ use mirror_proto::seamcall_to_wire;
 use tdp_mmu::{Batch, HostError, SeamError, SeamPort, Ticket, Via};
 use tdx_defs::SeamcallResult;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-use tracing::Span;
 use transport::Address;
 
 pub(crate) use attachment::{Attachment, LinkState};
 pub(crate) use guest::GuestLine;
 pub(crate) use retry::Budget;
+pub(crate) use spans::operation;
 
 use crate::metrics::{Flight, LinkMetrics, Summary};
 use attachment::Instances;
 use lane::Lane;
+use spans::MessageSpan;
 use unary::Calls;
 use window::{Permit, Window};
 
@@ -140,6 +142,7 @@ struct Reply {
     caller: SyncSender<Answer>,
     permit: Permit,
     flight: Flight,
+    span: MessageSpan,
 }
 
 impl Reply {
@@ -147,6 +150,8 @@ impl Reply {
         self.flight.landed(&answer);
         drop(self.flight);
         drop(self.permit);
+        // The caller may want its spans, and those end with the last one that holds them.
+        drop(self.span);
         // A caller that does not wait any more has nothing to learn.
         let _ = self.caller.try_send(answer);
     }
@@ -263,14 +268,15 @@ impl ModuleLink {
             }));
         }
         let summary = Summary::of(&calls);
-        let (span, traceparent) = batch_span(lp, via, calls.len());
+        let span = MessageSpan::open(&self.shared.config.module, lp, via, calls.len());
         let request = ExecuteRequest {
             session: String::new(),
             sequence: 0,
             stop_on_error,
             calls: calls.into_iter().map(seamcall_to_wire).collect(),
             lp,
-            traceparent,
+            return_spans: telemetry::watch::is_watched(span.traceparent()),
+            traceparent: span.traceparent().to_owned(),
         };
         let (caller, answer) = sync_channel(1);
         // Timed from here on: the wait for a place is not the module's.
@@ -281,6 +287,7 @@ impl ModuleLink {
                 caller,
                 permit,
                 flight: self.shared.metrics.started(via, summary),
+                span: span.clone(),
             },
         };
         let handed = match via {
@@ -307,37 +314,15 @@ impl ModuleLink {
                 })
             });
             if let Err(error) = &outcome {
-                span.record("otel.status_code", "ERROR");
-                span.record("error.message", tracing::field::display(error));
+                span.gave_up(error);
             }
+            span.answered();
             outcome
         })
     }
 }
 
 const ENDED: &str = "the module link has ended";
-
-/// The span of a batch, from its submission to its answer, and the name by which the module
-/// continues it. Only inside a span that is exported.
-fn batch_span(lp: u32, via: Via, calls: usize) -> (Span, String) {
-    if telemetry::traceparent_of_current_span().is_none() {
-        return (Span::none(), String::new());
-    }
-    let span = tracing::info_span!(
-        "seamcall batch",
-        otel.kind = "client",
-        lp,
-        calls,
-        via = match via {
-            Via::Rpc => "rpc",
-            Via::Stream => "stream",
-        },
-        otel.status_code = tracing::field::Empty,
-        error.message = tracing::field::Empty,
-    );
-    let traceparent = span.in_scope(telemetry::traceparent_of_current_span);
-    (span, traceparent.unwrap_or_default())
-}
 
 /// [`SeamPort`] of the VMs of one run of the module.
 struct Port {
@@ -359,6 +344,7 @@ fn restarted(old: &Attachment, new: &str) -> SeamError {
 
 /// The results in an answer, once their number makes sense.
 fn results(request: &ExecuteRequest, answer: ExecuteResponse) -> Answer {
+    telemetry::watch::offer(&request.traceparent, answer.spans);
     let (asked, given) = (request.calls.len(), answer.results.len());
     let stopped = request.stop_on_error
         && answer

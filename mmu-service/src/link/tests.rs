@@ -104,6 +104,7 @@ impl Fake {
             Act::Silence => None,
             Act::Lose => Some(Err(Status::unavailable("connection reset"))),
             Act::Answer | Act::Refuse(_) => Some(Ok(ExecuteResponse {
+                spans: Vec::new(),
                 sequence: request.sequence,
                 instance: self.instance.to_owned(),
                 results: request

@@ -13,6 +13,7 @@ use tonic::{Request, Status};
 
 use super::connection::{Connection, dial};
 use super::retry::{Retry, Verdict, judge};
+use super::spans::MessageSpan;
 use super::{Answer, Attachment, Job, LinkError, Shared, restarted, results};
 
 /// A session with one call under way at most.
@@ -88,7 +89,9 @@ impl Calls {
             }));
             return;
         };
-        let outcome = self.call(&mut slot, &mut request, &attachment).await;
+        let outcome = self
+            .call(&mut slot, &mut request, &attachment, &reply.span)
+            .await;
         if outcome.is_err() {
             // The number given up may still be on its way to the module.
             slot.session_of = None;
@@ -106,6 +109,7 @@ impl Calls {
         slot: &mut Slot,
         request: &mut ExecuteRequest,
         attachment: &Arc<Attachment>,
+        span: &MessageSpan,
     ) -> Answer {
         slot.number(attachment, request);
         let budget = self.shared.config.budget;
@@ -138,10 +142,12 @@ impl Calls {
                 }
             };
             self.shared.nudge.notify_one();
+            span.failed(&reason);
             match retry.failed(Instant::now()) {
                 Some(pause) => {
                     self.shared.metrics.retried(Via::Rpc, 1);
                     tokio::time::sleep(pause).await;
+                    span.sent_again();
                 }
                 None => return Err(give_up(doubt, reason)),
             }

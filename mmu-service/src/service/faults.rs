@@ -4,58 +4,102 @@ use std::sync::Arc;
 
 use mirror_proto::{InvalidField, mmu as wire};
 use tdp_mmu::{Fault, RootKind};
-use tdx_defs::{Gpa, GpaLayout, Visibility};
+use tdx_defs::{Gfn, Gpa, GpaLayout, Visibility};
+use telemetry::KeyValue;
+use telemetry::late::Untraced;
+use telemetry::watch::Watch;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
-use tracing::{Instrument as _, Span, field, info_span};
+use tracing::{Span, field, info_span};
 
 use super::stream::{Answers, answer, send};
+use super::traced;
 use crate::config::size;
 use crate::convert::{
     counts_to_wire, fault_from_wire, fault_report_to_wire, faults_report_to_wire, required,
-    ret_pf_name, root_name,
 };
 use crate::shell::Shell;
 use crate::status;
 
+/// `caller` is the span of the caller, as a `traceparent`.
 pub(crate) async fn handle_fault(
     shell: &Arc<Shell>,
+    caller: &str,
     request: wire::HandleFaultRequest,
 ) -> Result<wire::HandleFaultResponse, Status> {
     let fault = required(request.fault, "fault").map_err(status::of_field)?;
+    if request.explain && !telemetry::is_sampled(caller) {
+        let reason = "the headers name no sampled span (traceparent)";
+        return Err(status::of_field(InvalidField::new("explain", reason)));
+    }
     let fault = fault_from_wire(&fault);
     let entry = shell.live_vm(request.vm_id)?;
     let vcpu = request.vcpu_id;
     let (gfn, visibility) = entry.layout.split(Gpa::new(fault.gpa));
     let metrics = Arc::clone(&shell.metrics);
-    let span = info_span!(
-        "handle_fault",
-        vm = entry.id,
-        vcpu,
-        gfn = %gfn,
-        root = field::Empty,
-        level = field::Empty,
-        ret_pf = field::Empty,
-    );
-    let report = shell
+    let watch = if request.explain {
+        Watch::begin(caller)
+    } else {
+        None
+    };
+    // The layer around has decided, or the watch just did. A span of the log alone is no trace.
+    let in_rpc_span = telemetry::current_trace_id().is_some();
+    let (span, untraced) = if in_rpc_span || watch.is_some() {
+        (fault_span(entry.id, vcpu, gfn), None)
+    } else {
+        (Span::none(), Some(Untraced::begin("handle_fault", caller)))
+    };
+    if !in_rpc_span {
+        telemetry::set_remote_parent(&span, caller);
+    }
+    let outcome = shell
         .operate(&entry, span, move |vm| {
-            let outcome = vm.handle_fault(vcpu, fault);
-            match &outcome {
-                Ok(report) => metrics.fault(report),
-                Err(_) => metrics.fault_failed(root_of(visibility)),
-            }
-            let report = outcome?;
             let span = Span::current();
-            span.record("root", root_name(report.root));
-            span.record("ret_pf", ret_pf_name(report.ret_pf));
-            if let Some(level) = report.level {
-                span.record("level", level.get());
+            match vm.handle_fault(vcpu, fault) {
+                Ok(report) => {
+                    metrics.fault(&report);
+                    traced::record_fault(&span, &report);
+                    Ok(report)
+                }
+                Err(error) => {
+                    metrics.fault_failed(root_of(visibility));
+                    span.record("otel.status_code", "ERROR");
+                    span.record("error.message", field::display(&error));
+                    Err(error)
+                }
             }
-            Ok(report)
         })
-        .await?;
-    Ok(fault_report_to_wire(report))
+        .await;
+    if let Some(untraced) = untraced {
+        let attributes = vec![
+            KeyValue::new("kvm.vm", entry.id.to_string()),
+            KeyValue::new("kvm.vcpu", i64::from(vcpu)),
+            KeyValue::new("kvm.gfn", gfn.to_string()),
+        ];
+        traced::tell_fault(untraced, &shell.gate, &outcome, attributes);
+    }
+    let mut response = fault_report_to_wire(outcome?);
+    if let Some(watch) = watch {
+        response.spans = watch.take();
+    }
+    Ok(response)
+}
+
+fn fault_span(vm: u64, vcpu: u32, gfn: Gfn) -> Span {
+    info_span!(
+        "handle_fault",
+        kvm.vm = vm,
+        kvm.vcpu = vcpu,
+        kvm.gfn = %gfn,
+        kvm.mmu.root = field::Empty,
+        kvm.level = field::Empty,
+        kvm.pf.outcome = field::Empty,
+        kvm.pf.taken = field::Empty,
+        tdx.messages = field::Empty,
+        otel.status_code = field::Empty,
+        error.message = field::Empty,
+    )
 }
 
 fn root_of(visibility: Visibility) -> RootKind {
@@ -75,15 +119,18 @@ fn common_root(layout: GpaLayout, faults: &[Fault]) -> Option<RootKind> {
 }
 
 /// Batches of one stream run in their order; a few are read ahead while one runs.
+///
+/// `caller` is the span of the caller, as a `traceparent`.
 pub(super) fn handle_faults(
     shell: &Arc<Shell>,
+    caller: String,
     requests: Streaming<wire::HandleFaultsRequest>,
 ) -> Answers<wire::HandleFaultsResponse> {
     let depth = size(shell.limits.max_fault_batches);
     let (ahead, batches) = mpsc::channel(depth);
     let (out, answers) = mpsc::channel(depth);
     shell.spawn(read_ahead(Arc::clone(shell), requests, ahead));
-    shell.spawn(answer_batches(Arc::clone(shell), batches, out).in_current_span());
+    shell.spawn(answer_batches(Arc::clone(shell), caller, batches, out));
     ReceiverStream::new(answers)
 }
 
@@ -117,12 +164,13 @@ async fn read_ahead(
 
 async fn answer_batches(
     shell: Arc<Shell>,
+    caller: String,
     mut batches: mpsc::Receiver<Result<wire::HandleFaultsRequest, Status>>,
     out: mpsc::Sender<Result<wire::HandleFaultsResponse, Status>>,
 ) {
     while let Some(batch) = batches.recv().await {
         let outcome = match batch {
-            Ok(batch) => answer_batch(&shell, batch).await,
+            Ok(batch) => answer_batch(&shell, &caller, batch).await,
             Err(end) => Err(end),
         };
         let ends = outcome.is_err();
@@ -137,6 +185,7 @@ async fn answer_batches(
 
 async fn answer_batch(
     shell: &Arc<Shell>,
+    caller: &str,
     batch: wire::HandleFaultsRequest,
 ) -> Result<wire::HandleFaultsResponse, Status> {
     let wire::HandleFaultsRequest {
@@ -144,29 +193,74 @@ async fn answer_batch(
         vcpu_id,
         faults,
         tag,
+        traceparent,
+        links,
     } = batch;
     let limit = size(shell.limits.max_faults);
     if faults.len() > limit {
         let reason = format!("{} faults, the limit is {limit}", faults.len());
         return Err(status::of_field(InvalidField::new("faults", reason)));
     }
+    if links.len() > traced::MAX_LINKS {
+        let reason = format!("{} links, the limit is {}", links.len(), traced::MAX_LINKS);
+        return Err(status::of_field(InvalidField::new("links", reason)));
+    }
     let entry = shell.live_vm(vm_id)?;
-    let span = info_span!(
-        "handle_faults",
-        vm = vm_id,
-        vcpu = vcpu_id,
-        faults = faults.len()
-    );
+    let asked =
+        telemetry::is_sampled(&traceparent) || links.iter().any(|link| telemetry::is_sampled(link));
+    // A stream's headers name a caller; that does not ask for a span of each message.
+    let parent = if traceparent.is_empty() {
+        caller
+    } else {
+        &traceparent
+    };
+    let (span, untraced) = if asked || shell.gate.admits(faults.len()) {
+        let span = faults_span(vm_id, vcpu_id, faults.len());
+        if telemetry::is_sampled(parent) {
+            telemetry::set_remote_parent(&span, parent);
+        }
+        traced::link_faults(&span, &links);
+        (span, None)
+    } else {
+        (Span::none(), Some(Untraced::begin("handle_faults", parent)))
+    };
+    let count = faults.len();
     let (layout, metrics) = (entry.layout, Arc::clone(&shell.metrics));
-    let report = shell
+    let outcome = shell
         .operate(&entry, span, move |vm| {
             let faults: Vec<Fault> = faults.iter().map(fault_from_wire).collect();
             let report = vm.handle_faults(vcpu_id, &faults)?;
             metrics.faults(&report, common_root(layout, &faults));
+            traced::record_faults(&Span::current(), &report);
             Ok(report)
         })
-        .await?;
-    Ok(faults_report_to_wire(tag, &report))
+        .await;
+    if let Some(untraced) = untraced {
+        let attributes = vec![
+            KeyValue::new("kvm.vm", vm_id.to_string()),
+            KeyValue::new("kvm.vcpu", i64::from(vcpu_id)),
+            KeyValue::new("kvm.faults", i64::try_from(count).unwrap_or(i64::MAX)),
+        ];
+        traced::tell_faults(untraced, &shell.gate, &outcome, attributes);
+    }
+    Ok(faults_report_to_wire(tag, &outcome?))
+}
+
+fn faults_span(vm: u64, vcpu: u32, faults: usize) -> Span {
+    // Each message is a trace of its own unless somebody is named as its parent.
+    info_span!(
+        parent: None,
+        "handle_faults",
+        kvm.vm = vm,
+        kvm.vcpu = vcpu,
+        kvm.faults = faults,
+        kvm.pf.fixed = field::Empty,
+        kvm.pf.spurious = field::Empty,
+        kvm.pf.others = field::Empty,
+        kvm.pf.taken = field::Empty,
+        tdx.messages = field::Empty,
+        tdx.calls = field::Empty,
+    )
 }
 
 pub(super) fn pre_fault_memory(
@@ -180,7 +274,13 @@ pub(super) fn pre_fault_memory(
         size,
     } = request;
     let entry = shell.live_vm(vm_id)?;
-    let span = info_span!("pre_fault_memory", vm = vm_id, vcpu = vcpu_id, gpa, size);
+    let span = info_span!(
+        "pre_fault_memory",
+        kvm.vm = vm_id,
+        kvm.vcpu = vcpu_id,
+        kvm.gpa = gpa,
+        kvm.size = size
+    );
     let metrics = Arc::clone(&shell.metrics);
     Ok(answer(shell, entry, span, move |vm, pieces| {
         let counts = vm.pre_fault_memory(vcpu_id, gpa, size, &mut |done| {

@@ -76,7 +76,11 @@ async fn build_vm(
         .map_err(|error| status::module_unreachable(&error.chain()))?;
     let layout = GpaLayout::new(config.gpaw);
     let (shell_there, config, label) = (Arc::clone(shell), config.clone(), label.to_owned());
-    let span = info_span!("create_vm", vm = tracing::field::Empty, label);
+    let span = info_span!(
+        "create_vm",
+        kvm.vm = tracing::field::Empty,
+        kvm.label = label
+    );
     let work = move || {
         let port = shell_there.link.port(&attachment);
         let vm = Vm::new(Arc::clone(attachment.host()), port, config);
@@ -90,7 +94,7 @@ async fn build_vm(
                 shell_there.metrics.did(&counts);
                 // Entered here and not by the caller: a VM whose caller hung up is still listed.
                 let entry = shell_there.vms.insert(place, label, vm, layout, attachment);
-                tracing::Span::current().record("vm", entry.id);
+                tracing::Span::current().record("kvm.vm", entry.id);
                 Ok(Built::Vm(entry, counts_to_wire(&counts)))
             }
             Err(error) if attachment.is_retired() => Ok(Built::OnOldRun(status::of_vm(&error))),
@@ -137,7 +141,7 @@ pub(super) async fn init_vm(
 ) -> Result<wire::InitVmResponse, Status> {
     no_hw_error(request.hw_error).map_err(status::of_field)?;
     let entry = shell.live_vm(request.vm_id)?;
-    let span = info_span!("init_vm", vm = entry.id);
+    let span = info_span!("init_vm", kvm.vm = entry.id);
     let counts = shell.operate(&entry, span, Vm::init).await?;
     let info = entry.vm.info();
     Ok(wire::InitVmResponse {
@@ -158,7 +162,7 @@ pub(super) async fn destroy_vm(
         mode => mode_from_wire(mode).map_err(status::of_field)?,
     };
     let (shell_there, entry_there) = (Arc::clone(shell), Arc::clone(&entry));
-    let span = info_span!("destroy_vm", vm = entry.id);
+    let span = info_span!("destroy_vm", kvm.vm = entry.id);
     let (counts, pages_leaked) = shell
         .run(span, move || {
             let destroyed = match entry_there.vm.destroy_in(mode) {
@@ -207,7 +211,7 @@ pub(super) async fn create_vcpu(
     request: wire::CreateVcpuRequest,
 ) -> Result<wire::CreateVcpuResponse, Status> {
     let entry = shell.live_vm(request.vm_id)?;
-    let span = info_span!("create_vcpu", vm = entry.id);
+    let span = info_span!("create_vcpu", kvm.vm = entry.id);
     let create = |vm: &Vm| vm.create_vcpu().map(|id| (id, Counts::default()));
     let (vcpu_id, counts) = if request.create_only {
         shell.operate(&entry, span, create).await?
@@ -227,7 +231,7 @@ pub(super) async fn init_vcpu(
     no_hw_error(request.hw_error).map_err(status::of_field)?;
     let entry = shell.live_vm(request.vm_id)?;
     let vcpu = request.vcpu_id;
-    let span = info_span!("init_vcpu", vm = entry.id, vcpu);
+    let span = info_span!("init_vcpu", kvm.vm = entry.id, kvm.vcpu = vcpu);
     let counts = shell
         .operate(&entry, span, move |vm| vm.init_vcpu(vcpu))
         .await?;
@@ -242,7 +246,7 @@ pub(super) async fn finalize_vm(
 ) -> Result<wire::FinalizeVmResponse, Status> {
     no_hw_error(request.hw_error).map_err(status::of_field)?;
     let entry = shell.live_vm(request.vm_id)?;
-    let span = info_span!("finalize_vm", vm = entry.id);
+    let span = info_span!("finalize_vm", kvm.vm = entry.id);
     let (mrtd, counts) = shell.operate(&entry, span, Vm::finalize).await?;
     Ok(wire::FinalizeVmResponse {
         mrtd: hex(&mrtd),

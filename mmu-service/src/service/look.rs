@@ -25,7 +25,12 @@ pub(crate) async fn get_walk(
 ) -> Result<wire::GetWalkResponse, Status> {
     let wire::GetWalkRequest { vm_id, gpa, module } = request;
     let entry = shell.vms.get(vm_id)?;
-    let span = info_span!("get_walk", vm = vm_id, gpa, module);
+    let span = info_span!(
+        "get_walk",
+        kvm.vm = vm_id,
+        kvm.gpa = gpa,
+        kvm.module = module
+    );
     let walk = shell
         .operate(&entry, span, move |vm| vm.walk(gpa, module))
         .await?;
@@ -39,7 +44,7 @@ pub(super) fn dump_tree(
     let root = root_from_wire(request.root).map_err(status::of_field)?;
     let min_level = min_level_from_wire(request.min_level).map_err(status::of_field)?;
     let entry = shell.vms.get(request.vm_id)?;
-    let span = info_span!("dump_tree", vm = entry.id);
+    let span = info_span!("dump_tree", kvm.vm = entry.id);
     Ok(answer(shell, entry, span, move |vm, pieces| {
         let mut entries = Vec::with_capacity(TREE_ENTRIES);
         let mut has_reader = true;
@@ -65,7 +70,7 @@ pub(crate) fn audit(
     request: wire::AuditRequest,
 ) -> Result<Answers<wire::AuditResponse>, Status> {
     let entry = shell.live_vm(request.vm_id)?;
-    let span = info_span!("audit", vm = entry.id);
+    let span = info_span!("audit", kvm.vm = entry.id);
     Ok(answer(shell, entry, span, |vm, pieces| {
         let report = vm.audit(&mut |entries, mismatches| {
             pieces.progress(wire::AuditResponse {
@@ -106,7 +111,7 @@ pub(super) async fn get_stats(
         LinkState::Up(module) => (module.instance().to_owned(), module.host().pages_in_use()),
         LinkState::Connecting | LinkState::Down { .. } => (String::new(), 0),
     };
-    let span = info_span!("get_stats", vm = request.vm_id);
+    let span = info_span!("get_stats", kvm.vm = request.vm_id);
     let shell_there = Arc::clone(shell);
     let (stats, vms) = if request.vm_id == 0 {
         shell.run(span, move || totals(&shell_there)).await?

@@ -19,7 +19,11 @@ pub(super) async fn set_user_memory_region(
         .and_then(slot_from_wire)
         .map_err(status::of_field)?;
     let entry = shell.live_vm(request.vm_id)?;
-    let span = info_span!("set_user_memory_region", vm = entry.id, slot = slot.slot_id);
+    let span = info_span!(
+        "set_user_memory_region",
+        kvm.vm = entry.id,
+        kvm.slot = slot.slot_id
+    );
     let counts = shell
         .operate(&entry, span, move |vm| vm.set_user_memory_region(slot))
         .await?;
@@ -39,7 +43,13 @@ pub(crate) async fn set_memory_attributes(
         attributes,
     } = request;
     let entry = shell.live_vm(vm_id)?;
-    let span = info_span!("set_memory_attributes", vm = vm_id, gpa, size, attributes);
+    let span = info_span!(
+        "set_memory_attributes",
+        kvm.vm = vm_id,
+        kvm.gpa = gpa,
+        kvm.size = size,
+        kvm.attributes = attributes
+    );
     let counts = shell
         .operate(&entry, span, move |vm| {
             vm.set_memory_attributes(gpa, size, attributes)
@@ -75,7 +85,13 @@ pub(super) async fn init_mem_region(
         (false, false) => Measure::No,
     };
     let entry = shell.live_vm(vm_id)?;
-    let span = info_span!("init_mem_region", vm = vm_id, vcpu = vcpu_id, gpa, size);
+    let span = info_span!(
+        "init_mem_region",
+        kvm.vm = vm_id,
+        kvm.vcpu = vcpu_id,
+        kvm.gpa = gpa,
+        kvm.size = size
+    );
     let counts = shell
         .operate(&entry, span, move |vm| {
             vm.init_mem_region(
@@ -106,7 +122,13 @@ pub(super) async fn punch_hole(
         size,
     } = request;
     let entry = shell.live_vm(vm_id)?;
-    let span = info_span!("punch_hole", vm = vm_id, slot = slot_id, offset, size);
+    let span = info_span!(
+        "punch_hole",
+        kvm.vm = vm_id,
+        kvm.slot = slot_id,
+        kvm.offset = offset,
+        kvm.size = size
+    );
     let (counts, pages_freed) = shell
         .operate(&entry, span, move |vm| vm.punch_hole(slot_id, offset, size))
         .await?;
@@ -122,7 +144,12 @@ pub(super) async fn unmap_hva(
 ) -> Result<wire::UnmapHvaResponse, Status> {
     let wire::UnmapHvaRequest { vm_id, start, end } = request;
     let entry = shell.live_vm(vm_id)?;
-    let span = info_span!("unmap_hva", vm = vm_id, start, end);
+    let span = info_span!(
+        "unmap_hva",
+        kvm.vm = vm_id,
+        kvm.start = start,
+        kvm.end = end
+    );
     let counts = shell
         .operate(&entry, span, move |vm| vm.unmap_hva(start, end))
         .await?;

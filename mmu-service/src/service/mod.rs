@@ -7,15 +7,22 @@ pub(crate) mod look;
 pub(crate) mod memory;
 mod run;
 mod stream;
+mod traced;
 
 use std::sync::Arc;
 
 use mirror_proto::mmu as wire;
 use mirror_proto::mmu::mmu_service_server::MmuService;
+use telemetry::propagate::traceparent_of;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::shell::Shell;
 use stream::Answers;
+
+/// Path of HandleFault.
+pub(crate) const FAULT_PATH: &str = "/kvm.mmu.v1.MmuService/HandleFault";
+/// Path of HandleFaults.
+pub(crate) const FAULT_STREAM_PATH: &str = "/kvm.mmu.v1.MmuService/HandleFaults";
 
 /// The service. Cheap to clone.
 #[derive(Clone)]
@@ -46,13 +53,23 @@ macro_rules! mmu_service {
                 self.answered($file::$name(&self.0, request.into_inner()).await)
             })*
 
+            async fn handle_fault(
+                &self,
+                request: Request<wire::HandleFaultRequest>,
+            ) -> Result<Response<wire::HandleFaultResponse>, Status> {
+                let caller = traceparent_of(request.metadata().as_ref());
+                let request = request.into_inner();
+                self.answered(faults::handle_fault(&self.0, &caller, request).await)
+            }
+
             type HandleFaultsStream = Answers<wire::HandleFaultsResponse>;
 
             async fn handle_faults(
                 &self,
                 request: Request<Streaming<wire::HandleFaultsRequest>>,
             ) -> Result<Response<Self::HandleFaultsStream>, Status> {
-                Ok(Response::new(faults::handle_faults(&self.0, request.into_inner())))
+                let caller = traceparent_of(request.metadata().as_ref());
+                Ok(Response::new(faults::handle_faults(&self.0, caller, request.into_inner())))
             }
 
             type RunVcpuStream = Answers<wire::RunVcpuResponse>;
@@ -107,7 +124,6 @@ mmu_service! {
     init_mem_region: InitMemRegionRequest => InitMemRegionResponse, memory;
     punch_hole: PunchHoleRequest => PunchHoleResponse, memory;
     unmap_hva: UnmapHvaRequest => UnmapHvaResponse, memory;
-    handle_fault: HandleFaultRequest => HandleFaultResponse, faults;
     get_walk: GetWalkRequest => GetWalkResponse, look;
     get_stats: GetStatsRequest => GetStatsResponse, look;
 }

@@ -72,6 +72,9 @@ enum To {
 #[serde(deny_unknown_fields)]
 pub(super) struct AuditAsked {}
 
+/// A page has no span of its own: the action's is the root.
+const NO_CALLER: &str = "";
+
 pub(super) async fn fault(
     State(web): State<Web>,
     VmId(vm_id): VmId,
@@ -85,12 +88,13 @@ pub(super) async fn fault(
             qualification: asked.access.qualification(),
             ..Default::default()
         }),
+        explain: false,
     };
     let span = action("POST /api/vms/{vm}/fault", vm_id);
     let trace_id = trace_id(&span);
     let answer = counted(
         &web,
-        faults::handle_fault(&web.shell, request)
+        faults::handle_fault(&web.shell, NO_CALLER, request)
             .instrument(span)
             .await,
     )?;

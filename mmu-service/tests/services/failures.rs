@@ -145,6 +145,7 @@ async fn an_orderly_end_answers_what_runs_and_gives_everything_back() {
         vcpu_id: 0,
         faults,
         tag: 7,
+        ..Default::default()
     };
     send.send(batch).await.unwrap();
     let answers = stack

@@ -26,6 +26,7 @@ async fn a_batch_above_the_limit_ends_its_stream() {
             vcpu_id: 0,
             faults,
             tag,
+            ..Default::default()
         };
         send.send(batch).await.unwrap();
     }

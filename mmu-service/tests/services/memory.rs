@@ -92,6 +92,7 @@ async fn batches_on_one_stream_are_answered_in_order_and_streams_run_side_by_sid
                 vcpu_id,
                 faults,
                 tag,
+                ..Default::default()
             };
             send.send(batch).await.unwrap();
         }

@@ -149,6 +149,7 @@ async fn ids_that_nobody_has_are_not_found() {
             vm_id,
             vcpu_id: 0,
             fault,
+            ..Default::default()
         };
         check!(table, "fault", handle_fault, request, NotFound, vm);
         let request = wire::PreFaultMemoryRequest {
@@ -212,6 +213,7 @@ async fn ids_that_nobody_has_are_not_found() {
             vm_id,
             vcpu_id,
             fault,
+            ..Default::default()
         };
         check!(
             table,
@@ -343,6 +345,7 @@ async fn faults_that_cannot_be_are_refused() {
         vm_id,
         vcpu_id: 0,
         fault: None,
+        ..Default::default()
     };
     check!(
         table,
@@ -361,6 +364,7 @@ async fn faults_that_cannot_be_are_refused() {
         vm_id,
         vcpu_id: 0,
         fault,
+        ..Default::default()
     };
     check!(
         table,

@@ -305,6 +305,7 @@ impl Stack {
             vm_id,
             vcpu_id,
             fault,
+            ..Default::default()
         };
         self.client
             .handle_fault(request)

@@ -24,12 +24,16 @@ pub fn current_trace_id() -> Option<String> {
 
 /// The current span as a `traceparent`; `None` when it is not sampled.
 pub fn traceparent_of_current_span() -> Option<String> {
-    let context = sampled_context(&Span::current())?;
-    Some(format!(
-        "00-{}-{}-01",
-        context.trace_id(),
-        context.span_id()
-    ))
+    sampled_context(&Span::current()).map(|context| format(&context))
+}
+
+/// A span as a `traceparent`; empty when there is none.
+pub(crate) fn format(context: &SpanContext) -> String {
+    if !context.is_valid() {
+        return String::new();
+    }
+    let (trace, span) = (context.trace_id(), context.span_id());
+    format!("00-{trace}-{span}-{:02x}", context.trace_flags())
 }
 
 /// Whether `traceparent` names a sampled span: the cheap question before a span is opened for it.
@@ -49,14 +53,33 @@ pub fn set_remote_parent(span: &Span, traceparent: &str) {
     if span.is_disabled() || traceparent.is_empty() {
         return;
     }
+    if let Some(parent) = parse(traceparent) {
+        // Fails when there is no OpenTelemetry layer: then there is no trace to join.
+        let _ = span.set_parent(opentelemetry::Context::new().with_remote_span_context(parent));
+    }
+}
+
+/// Gives `span` a link to the span that `traceparent` names, if it names one.
+pub fn add_link(span: &Span, traceparent: &str) {
+    if span.is_disabled() {
+        return;
+    }
+    if let Some(linked) = parse(traceparent) {
+        span.add_link(linked);
+    }
+}
+
+/// The span that `traceparent` names; `None` when it is malformed.
+pub(crate) fn parse(traceparent: &str) -> Option<SpanContext> {
+    if traceparent.is_empty() {
+        return None;
+    }
     let carrier = HashMap::from([("traceparent".to_owned(), traceparent.to_owned())]);
     // An empty base, not the current context: that would keep the local parent of a malformed value.
-    let parent = TraceContextPropagator::new()
+    let context = TraceContextPropagator::new()
         .extract_with_context(&opentelemetry::Context::new(), &carrier);
-    if parent.span().span_context().is_valid() {
-        // Fails when there is no OpenTelemetry layer: then there is no trace to join.
-        let _ = span.set_parent(parent);
-    }
+    let context = context.span().span_context().clone();
+    context.is_valid().then_some(context)
 }
 
 fn sampled_context(span: &Span) -> Option<SpanContext> {

@@ -3,8 +3,9 @@
 //! Logs go to stderr, filtered by `RUST_LOG`. Spans go to an OTLP collector, but only when one is
 //! configured by the usual `OTEL_*` variables; see [`settings`] for those that are read here
 //! because the OpenTelemetry SDK leaves them to the application. [`propagate`] carries the W3C
-//! trace context across gRPC calls, [`context`] inside messages of a long-lived stream. [`metrics`]
-//! has what both services need to be scraped.
+//! trace context across gRPC calls, [`context`] inside messages of a long-lived stream. Which faults
+//! have spans is decided by [`gate`], or afterwards by [`late`]; [`watch`] keeps the spans of a
+//! trace for a caller that asked for them. [`metrics`] has what both services need to be scraped.
 //!
 //! Invariants
 //! - T1  Each layer has a filter of its own: `RUST_LOG=warn` quiets the log and not the traces.
@@ -12,27 +13,36 @@
 //! - T3  [`Telemetry::shutdown`] ends in bounded time, collector or no collector.
 
 pub mod context;
+pub mod gate;
+pub mod late;
 mod log;
 pub mod metrics;
 pub mod propagate;
 pub mod settings;
+pub mod watch;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use opentelemetry::global;
 use opentelemetry::propagation::TextMapCompositePropagator;
 use opentelemetry::trace::TracerProvider as _;
-use opentelemetry::{KeyValue, global};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use tracing::Subscriber;
 use tracing_subscriber::Layer;
-use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::filter::{FilterExt as _, LevelFilter, Targets, dynamic_filter_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-pub use context::{current_trace_id, is_sampled, set_remote_parent, traceparent_of_current_span};
+pub use context::{
+    add_link, current_trace_id, is_sampled, set_remote_parent, traceparent_of_current_span,
+};
+pub use gate::Gate;
+pub use opentelemetry::KeyValue;
+
 use settings::{Propagator, Settings};
 
 /// How long the last spans may take to leave the process, in milliseconds.
@@ -72,10 +82,19 @@ pub enum TelemetryError {
     Twice(#[source] tracing_subscriber::util::TryInitError),
 }
 
+/// Whether this process exports spans.
+static RECORDING: AtomicBool = AtomicBool::new(false);
+
+/// Whether spans leave this process: without that, nothing is traced unless a caller watches.
+pub fn is_recording() -> bool {
+    RECORDING.load(Ordering::Relaxed)
+}
+
 /// When spans get trace ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TraceIds {
-    /// Only while spans are exported: without a collector tracing costs nothing.
+    /// Only while spans are exported, or a trace is watched: without a collector tracing costs one
+    /// atomic load.
     #[default]
     WhenExporting,
     /// Always, so that a tool can print the id of what it did and hand it on to the services.
@@ -108,14 +127,18 @@ pub fn init_with(
     trace_ids: TraceIds,
 ) -> Result<Telemetry, TelemetryError> {
     let settings = Settings::from_env(|name| std::env::var(name).ok());
-    let (telemetry, tracer) = Telemetry::build(default_service_name, &settings, trace_ids)?;
+    let (telemetry, tracer) = Telemetry::build(default_service_name, &settings)?;
     tracing_subscriber::registry()
         .with(log::layer(
             settings.log_filter(default_service_name, default_log),
         )?)
-        .with(tracer.map(otel_layer))
+        .with(tracer.map(|tracer| {
+            let always = telemetry.is_exporting() || trace_ids == TraceIds::Always;
+            otel_layer(tracer, always)
+        }))
         .try_init()
         .map_err(TelemetryError::Twice)?;
+    RECORDING.store(telemetry.is_exporting(), Ordering::Relaxed);
     global::set_text_map_propagator(propagators(&settings));
     for ignored in &settings.ignored {
         tracing::warn!(setting = %ignored, "telemetry setting is ignored");
@@ -127,9 +150,8 @@ impl Telemetry {
     fn build(
         default_service_name: &'static str,
         settings: &Settings,
-        trace_ids: TraceIds,
     ) -> Result<(Self, Option<opentelemetry_sdk::trace::SdkTracer>), TelemetryError> {
-        if settings.disabled || !(settings.export || trace_ids == TraceIds::Always) {
+        if settings.disabled {
             return Ok((
                 Self {
                     provider: None,
@@ -144,7 +166,9 @@ impl Telemetry {
         if !settings.has_service_name {
             resource = resource.with_service_name(default_service_name);
         }
-        let mut provider = SdkTracerProvider::builder().with_resource(resource.build());
+        let mut provider = SdkTracerProvider::builder()
+            .with_resource(resource.build())
+            .with_span_processor(watch::Collector::default());
         let mut exporting = None;
         if settings.export {
             // The exporter gets a runtime of its own: its last flush must not wait for a worker of
@@ -221,8 +245,9 @@ impl Drop for Telemetry {
     }
 }
 
-/// Spans at INFO and above, whatever the log shows (T1), without noise attributes.
-fn otel_layer<S>(tracer: opentelemetry_sdk::trace::SdkTracer) -> impl Layer<S>
+/// Spans at INFO and above, whatever the log shows (T1), without noise attributes; unless `always`,
+/// only while a trace is watched.
+fn otel_layer<S>(tracer: opentelemetry_sdk::trace::SdkTracer, always: bool) -> impl Layer<S>
 where
     S: Subscriber + for<'span> LookupSpan<'span>,
 {
@@ -235,7 +260,8 @@ where
         .with_filter(
             Targets::new()
                 .with_default(LevelFilter::INFO)
-                .with_targets(UNTRACED.map(|name| (name, LevelFilter::OFF))),
+                .with_targets(UNTRACED.map(|name| (name, LevelFilter::OFF)))
+                .and(dynamic_filter_fn(move |_, _| always || watch::any())),
         )
 }
 
@@ -271,10 +297,11 @@ pub(crate) mod testing {
             let exporter = InMemorySpanExporter::default();
             let provider = SdkTracerProvider::builder()
                 .with_simple_exporter(exporter.clone())
+                .with_span_processor(crate::watch::Collector::default())
                 .build();
             global::set_text_map_propagator(TraceContextPropagator::new());
             let subscriber =
-                tracing_subscriber::registry().with(otel_layer(provider.tracer("test")));
+                tracing_subscriber::registry().with(otel_layer(provider.tracer("test"), true));
             Self {
                 exporter,
                 _default: tracing::subscriber::set_default(subscriber),
@@ -305,8 +332,7 @@ mod tests {
             export: true,
             ..Settings::from_env(|_| None)
         };
-        let (telemetry, tracer) =
-            Telemetry::build("test", &settings, TraceIds::WhenExporting).unwrap();
+        let (telemetry, tracer) = Telemetry::build("test", &settings).unwrap();
         assert!(telemetry.is_exporting());
         drop(opentelemetry::trace::Tracer::start(
             &tracer.unwrap(),
@@ -318,19 +344,39 @@ mod tests {
     }
 
     #[test]
-    fn trace_ids_exist_without_a_collector_only_on_request() {
-        for (case, disabled, trace_ids, traced) in [
-            ("a service", false, TraceIds::WhenExporting, false),
-            ("the command line tool", false, TraceIds::Always, true),
-            ("OTEL_SDK_DISABLED wins", true, TraceIds::Always, false),
+    fn without_a_collector_nothing_is_exported_and_a_disabled_sdk_has_no_tracer() {
+        for (case, disabled, traced) in [
+            ("nothing set", false, true),
+            ("OTEL_SDK_DISABLED", true, false),
         ] {
             let settings = Settings {
                 disabled,
                 ..Settings::from_env(|_| None)
             };
-            let (telemetry, tracer) = Telemetry::build("test", &settings, trace_ids).unwrap();
+            let (telemetry, tracer) = Telemetry::build("test", &settings).unwrap();
             assert_eq!(tracer.is_some(), traced, "{case}");
             assert!(!telemetry.is_exporting(), "{case}");
+        }
+    }
+
+    #[test]
+    fn without_a_collector_spans_exist_only_on_request_or_while_their_trace_is_watched() {
+        let _alone = crate::watch::tests::alone();
+        for (case, always, watched, traced) in [
+            ("a service", false, false, false),
+            ("a service that explains", false, true, true),
+            ("the command line tool", true, false, true),
+        ] {
+            let provider = SdkTracerProvider::builder().build();
+            let layer = otel_layer(provider.tracer("test"), always);
+            let subscriber = tracing_subscriber::registry().with(layer);
+            let _default = tracing::subscriber::set_default(subscriber);
+            let watch = watched.then(|| {
+                watch::Watch::begin("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+            });
+            let span = tracing::info_span!("fault");
+            assert_eq!(span.in_scope(current_trace_id).is_some(), traced, "{case}");
+            drop(watch);
         }
     }
 }

@@ -5,7 +5,9 @@
 //!
 //! A status comes in the headers (a call that fails at once) or in the trailers behind the body,
 //! so the span lives until the body ends. A body that is dropped before is a cancelled call.
-//! Health checks, reflection and requests that are not gRPC get no span.
+//! Health checks, reflection and requests that are not gRPC get no span. A server hears what its
+//! caller decided about the trace; without a caller it decides by the rules of its layer, before a
+//! span is made.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -23,6 +25,8 @@ use tower::{Layer, Service};
 use tracing::{Instrument as _, Span, field, instrument::Instrumented};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
+use crate::gate::Gate;
+
 /// Services whose calls say nothing about the model.
 const UNTRACED_SERVICES: [&str; 2] = ["/grpc.health.", "/grpc.reflection."];
 
@@ -36,6 +40,8 @@ macro_rules! rpc_span {
             otel.kind = $kind,
             rpc.system.name = "grpc",
             rpc.method = $method,
+            server.address = field::Empty,
+            server.port = field::Empty,
             rpc.response.status_code = field::Empty,
             error.type = field::Empty,
             otel.status_code = field::Empty,
@@ -50,30 +56,78 @@ enum Side {
     Server,
 }
 
+/// What a layer makes no span of, and what it knows about the other end.
+#[derive(Debug, Clone, Default)]
+struct Rules {
+    /// Paths of methods without spans.
+    skip: Vec<String>,
+    /// Paths of methods that are traced now and then, unless the caller has decided.
+    gated: Vec<(String, Gate)>,
+    /// No span without a caller that has one.
+    continued_only: bool,
+    /// The server: host or socket path, and port.
+    server: Option<(String, Option<u16>)>,
+}
+
+impl Rules {
+    /// Whether a call whose caller has not decided is traced.
+    fn admit(&self, path: &str) -> bool {
+        let gate = self.gated.iter().find(|(gated, _)| gated == path);
+        !self.continued_only && gate.is_none_or(|(_, gate)| gate.admits(1))
+    }
+}
+
 /// Layer for servers: continues the trace of the caller.
 #[derive(Debug, Clone, Default)]
 pub struct ServerTraceLayer {
-    skip: Arc<[String]>,
+    rules: Arc<Rules>,
+}
+
+impl ServerTraceLayer {
+    /// Traces one method only as often as `gate` says, by its path `/package.Service/Method`,
+    /// unless the caller has decided.
+    #[must_use]
+    pub fn gate(mut self, path: &str, gate: Gate) -> Self {
+        let rules = Arc::make_mut(&mut self.rules);
+        rules.gated.push((path.to_owned(), gate));
+        self
+    }
+
+    /// Begins no trace: only calls of a traced caller have a span.
+    #[must_use]
+    pub fn continued_only(mut self) -> Self {
+        Arc::make_mut(&mut self.rules).continued_only = true;
+        self
+    }
 }
 
 /// Layer for channels: hands the trace on to the server.
 #[derive(Debug, Clone, Default)]
 pub struct ClientTraceLayer {
-    skip: Arc<[String]>,
+    rules: Arc<Rules>,
+}
+
+impl ClientTraceLayer {
+    /// Names the server in the spans: a host with its port, or the path of a socket.
+    #[must_use]
+    pub fn server(mut self, address: &str, port: Option<u16>) -> Self {
+        Arc::make_mut(&mut self.rules).server = Some((address.to_owned(), port));
+        self
+    }
 }
 
 /// [`ServerTraceLayer`] around a service.
 #[derive(Debug, Clone)]
 pub struct ServerTrace<S> {
     inner: S,
-    skip: Arc<[String]>,
+    rules: Arc<Rules>,
 }
 
 /// [`ClientTraceLayer`] around a channel.
 #[derive(Debug, Clone)]
 pub struct ClientTrace<S> {
     inner: S,
-    skip: Arc<[String]>,
+    rules: Arc<Rules>,
 }
 
 /// What [`ClientTraceLayer`] makes of a channel.
@@ -90,10 +144,9 @@ macro_rules! layer_and_service {
             /// Leaves out one method too, by its path `/package.Service/Method`: a stream that is
             /// open for hours is no span, its messages carry their own trace context.
             #[must_use]
-            pub fn skip(self, path: &str) -> Self {
-                Self {
-                    skip: self.skip.iter().cloned().chain([path.to_owned()]).collect(),
-                }
+            pub fn skip(mut self, path: &str) -> Self {
+                Arc::make_mut(&mut self.rules).skip.push(path.to_owned());
+                self
             }
         }
 
@@ -103,7 +156,7 @@ macro_rules! layer_and_service {
             fn layer(&self, inner: S) -> Self::Service {
                 $service {
                     inner,
-                    skip: self.skip.clone(),
+                    rules: self.rules.clone(),
                 }
             }
         }
@@ -121,8 +174,8 @@ macro_rules! layer_and_service {
             }
 
             fn call(&mut self, mut request: Request<B>) -> Self::Future {
-                let span = if is_traced(&request, &self.skip) {
-                    $open(&mut request)
+                let span = if is_traced(&request, &self.rules.skip) {
+                    $open(&mut request, &self.rules)
                 } else {
                     Span::none()
                 };
@@ -168,21 +221,37 @@ fn is_traced<B>(request: &Request<B>, skip: &[String]) -> bool {
         && !skip.iter().any(|skipped| skipped == path)
 }
 
-fn open_server_span<B>(request: &mut Request<B>) -> Span {
-    let span = rpc_span!("server", request.uri().path().trim_start_matches('/'));
-    if !span.is_disabled() {
-        let parent =
-            global::get_text_map_propagator(|w3c| w3c.extract(&Headers(request.headers_mut())));
-        if parent.span().span_context().is_valid() {
-            let _ = span.set_parent(parent);
-        }
+fn open_server_span<B>(request: &mut Request<B>, rules: &Rules) -> Span {
+    if !tracing::enabled!(target: "rpc", tracing::Level::INFO) {
+        return Span::none();
+    }
+    let parent = global::get_text_map_propagator(|w3c| w3c.extract(&HeadersRef(request.headers())));
+    let caller = parent.span().span_context().clone();
+    let path = request.uri().path();
+    let admitted = if caller.is_valid() {
+        caller.is_sampled()
+    } else {
+        rules.admit(path)
+    };
+    if !admitted {
+        return Span::none();
+    }
+    let span = rpc_span!("server", path.trim_start_matches('/'));
+    if caller.is_valid() {
+        let _ = span.set_parent(parent);
     }
     span
 }
 
-fn open_client_span<B>(request: &mut Request<B>) -> Span {
+fn open_client_span<B>(request: &mut Request<B>, rules: &Rules) -> Span {
     let span = rpc_span!("client", request.uri().path().trim_start_matches('/'));
     if !span.is_disabled() {
+        if let Some((address, port)) = &rules.server {
+            span.record("server.address", address.as_str());
+            if let Some(port) = port {
+                span.record("server.port", port);
+            }
+        }
         let context = span.context();
         global::get_text_map_propagator(|w3c| {
             w3c.inject_context(&context, &mut Headers(request.headers_mut()));
@@ -191,9 +260,18 @@ fn open_client_span<B>(request: &mut Request<B>) -> Span {
     span
 }
 
-struct Headers<'a>(&'a mut HeaderMap);
+/// The caller's span as the headers name it, as a `traceparent`; empty when they name none.
+pub fn traceparent_of(headers: &HeaderMap) -> String {
+    if headers.get("traceparent").is_none() {
+        return String::new();
+    }
+    let context = global::get_text_map_propagator(|w3c| w3c.extract(&HeadersRef(headers)));
+    crate::context::format(context.span().span_context())
+}
 
-impl Extractor for Headers<'_> {
+struct HeadersRef<'a>(&'a HeaderMap);
+
+impl Extractor for HeadersRef<'_> {
     fn get(&self, key: &str) -> Option<&str> {
         self.0.get(key)?.to_str().ok()
     }
@@ -202,6 +280,8 @@ impl Extractor for Headers<'_> {
         self.0.keys().map(http::HeaderName::as_str).collect()
     }
 }
+
+struct Headers<'a>(&'a mut HeaderMap);
 
 impl Injector for Headers<'_> {
     fn set(&mut self, key: &str, value: String) {
@@ -266,7 +346,8 @@ impl Side {
     }
 }
 
-fn code_name(code: Code) -> &'static str {
+/// The name of a status, as `rpc.response.status_code` has it.
+pub fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

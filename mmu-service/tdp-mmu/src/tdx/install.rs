@@ -280,7 +280,7 @@ impl Hooks<'_> {
                 return Err(error);
             }
         };
-        let _span = seam.is_traced().then(|| {
+        let _span = (seam.is_traced() && crate::vm::spans::watched()).then(|| {
             let leaves: usize = confirmed.iter().map(|unit| unit.leaves).sum();
             let tables: usize = confirmed.iter().map(|unit| unit.links).sum();
             tracing::info_span!("settle", kvm.tables = tables, kvm.leaves = leaves).entered()

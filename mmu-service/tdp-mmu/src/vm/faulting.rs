@@ -147,8 +147,12 @@ impl<'a> Faulting<'a> {
                 Pass::Again | Pass::Wait if tries + 1 >= MAX_TRIES => {
                     self.give_up(wanted, tries + 1);
                 }
-                Pass::Again => self.todo.push_front((wanted, tries + 1)),
+                Pass::Again => {
+                    spans::retry(wanted.gfn, tries + 1, None);
+                    self.todo.push_front((wanted, tries + 1));
+                }
                 Pass::Wait => {
+                    spans::retry(wanted.gfn, tries + 1, self.busy);
                     self.todo.push_front((wanted, tries + 1));
                     self.let_others_go_on();
                 }
@@ -394,7 +398,7 @@ impl<'a> Faulting<'a> {
     }
 
     fn begin(&self, mirror: TableId, gfn: Gfn, leaf: u64, depth: Depth) -> Begin<'a> {
-        if self.seam.is_traced() {
+        if self.seam.is_traced() && spans::watched() {
             spans::begin(&self.vm.mmu, mirror, gfn, leaf, depth)
         } else {
             self.vm.mmu.begin(mirror, gfn, leaf, depth)
@@ -545,6 +549,7 @@ impl<'a> Faulting<'a> {
     /// RET_PF_RETRY of a private fault: retried here, not in the guest.
     fn again(&mut self, wanted: Wanted, tries: u32) {
         if tries + 1 < MAX_TRIES {
+            spans::retry(wanted.gfn, tries + 1, self.busy);
             self.todo.push_back((wanted, tries + 1));
         } else {
             self.give_up(wanted, tries + 1);

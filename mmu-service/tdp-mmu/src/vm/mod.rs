@@ -26,7 +26,7 @@ mod resolve;
 mod roots;
 mod run;
 mod slots;
-mod spans;
+pub(crate) mod spans;
 mod types;
 mod vcpu;
 mod wanted;

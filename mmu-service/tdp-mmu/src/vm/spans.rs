@@ -1,15 +1,41 @@
 //! Spans of a fault that somebody watches: where its walk ended, and what it held.
 //!
 //! Only single faults have them. A span costs more than the walk it tells of, so batches and
-//! ranges are told by their counts.
+//! ranges are told by their counts. Nor has a single fault any without a span around it: whether it
+//! is traced was decided there. A pass that has to be made again is an event of that span.
 
-use tdx_defs::Gfn;
-use tracing::{field, info_span};
+use tdx_defs::{CompletionStatus, Gfn, Leaf};
+use tracing::{Span, field, info, info_span};
 
 use crate::mmu::Mmu;
 use crate::mmu::arena::TableId;
 use crate::mmu::mirror::{Begin, Depth};
 use crate::mmu::spte;
+
+/// Whether the operation runs inside a span.
+pub(crate) fn watched() -> bool {
+    !Span::current().is_none()
+}
+
+/// Tells that the fault at `gfn` is handled once more, and the answer of the module that made it so.
+pub(super) fn retry(gfn: Gfn, tries: u32, busy: Option<(Leaf, CompletionStatus)>) {
+    if !watched() {
+        return;
+    }
+    match busy {
+        Some((leaf, status)) => info!(
+            target: "kvm",
+            {
+                kvm.gfn = %gfn,
+                kvm.retry.count = tries,
+                tdx.seamcall.leaf = %leaf,
+                tdx.status = %format_args!("{:#018x}", status.0),
+            },
+            "busy"
+        ),
+        None => info!(target: "kvm", { kvm.gfn = %gfn, kvm.retry.count = tries }, "retry"),
+    }
+}
 
 /// [`Mmu::begin`] inside spans: `walk` says how far the mirror goes, `begin` what is missing.
 pub(super) fn begin(mmu: &Mmu, root: TableId, gfn: Gfn, leaf: u64, depth: Depth) -> Begin<'_> {

@@ -136,3 +136,74 @@ fn silent_requests_get_no_span() {
         assert_eq!(spans.finished().len(), 0, "{path}");
     }
 }
+
+#[test]
+fn a_server_hears_its_caller_and_decides_itself_only_without_one() {
+    let unsampled = PARENT.replace("-01", "-00").leak();
+    let open = || ServerTraceLayer::new();
+    // Nothing is exported in this test, so the gate is closed.
+    let gate = || Gate::new(1, std::time::Duration::ZERO);
+    let path = format!("/{METHOD}");
+    for (case, layer, traceparent, traced) in [
+        ("no caller", open(), None, true),
+        (
+            "a caller that is not sampled",
+            open(),
+            Some(&*unsampled),
+            false,
+        ),
+        ("a closed gate", open().gate(&path, gate()), None, false),
+        (
+            "a closed gate, asked",
+            open().gate(&path, gate()),
+            Some(PARENT),
+            true,
+        ),
+        (
+            "the gate of another method",
+            open().gate("/other", gate()),
+            None,
+            true,
+        ),
+        (
+            "continued only, no caller",
+            open().continued_only(),
+            None,
+            false,
+        ),
+        (
+            "continued only, asked",
+            open().continued_only(),
+            Some(PARENT),
+            true,
+        ),
+    ] {
+        let spans = Spans::collect();
+        let mut server = layer.layer(service_fn(|_: Request<NoBody>| async {
+            Ok::<_, Infallible>(answer("0"))
+        }));
+        let headers: Vec<_> = traceparent
+            .map(|value| ("traceparent", value))
+            .into_iter()
+            .collect();
+        drop(block_on(server.call(request(&path, &headers))).unwrap());
+        assert_eq!(spans.finished().len(), usize::from(traced), "{case}");
+    }
+}
+
+#[test]
+fn a_client_span_names_the_server() {
+    for (address, port) in [("localhost", Some(50051)), ("/run/mmu.sock", None)] {
+        let spans = Spans::collect();
+        let mut client = ClientTraceLayer::new()
+            .server(address, port)
+            .layer(service_fn(|_: Request<NoBody>| async {
+                Ok::<_, Infallible>(answer("0"))
+            }));
+        drop(block_on(client.call(request(&format!("/{METHOD}"), &[]))).unwrap());
+        let [span] = <[_; 1]>::try_from(spans.finished()).unwrap();
+        assert_eq!(attribute(&span, "server.address").as_deref(), Some(address));
+        let given = port.map(|port: u16| port.to_string());
+        assert_eq!(attribute(&span, "server.port"), given);
+    }
+}
