@@ -22,6 +22,7 @@ pub mod output;
 mod progress;
 pub mod replay;
 pub mod session;
+pub mod spans;
 pub mod stop;
 pub mod tally;
 pub mod tdvf;
@@ -33,13 +34,15 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use serde_json::Value;
 use telemetry::TraceIds;
+use telemetry::watch::Watch;
 use tracing::Instrument as _;
 
-use args::{Cli, Command, Format};
+use args::{Cli, Command, Format, Globals};
 use error::Error;
 use local::child::{self, Role};
 use output::Answer;
 use session::Session;
+use spans::SpanTree;
 use stop::Stop;
 
 /// Name of the program in traces.
@@ -65,21 +68,43 @@ pub fn cli_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+        Err(Failed { error, trace }) => {
             eprintln!("mmuctl: {}", error.chain());
+            if let Some(trace) = trace {
+                eprintln!("{trace}");
+            }
             ExitCode::from(error.exit_code())
         }
     }
 }
 
-fn run(cli: &Cli) -> Result<(), Error> {
+/// Why a command failed, and where its trace is.
+struct Failed {
+    error: Box<Error>,
+    trace: Option<String>,
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self {
+            error: Box::new(error),
+            trace: None,
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), Failed> {
     match &cli.command {
-        Command::Completions { shell } => return output::print(&commands::completions(*shell)),
-        Command::Explain(args) => return commands::explain(args).print(cli.globals.output),
-        Command::Man => return output::print(&commands::manual()?),
+        Command::Completions { shell } => {
+            return Ok(output::print(&commands::completions(*shell))?);
+        }
+        Command::Explain(args) => {
+            return Ok(commands::explain(args).print(cli.globals.output)?);
+        }
+        Command::Man => return Ok(output::print(&commands::manual()?)?),
         _ => {}
     }
-    let telemetry = telemetry::init_with(SERVICE, "warn", TraceIds::Always)?;
+    let telemetry = telemetry::init_with(SERVICE, "warn", TraceIds::Always).map_err(Error::from)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()
@@ -92,41 +117,78 @@ fn run(cli: &Cli) -> Result<(), Error> {
     let answer = result?;
     answer.print(cli.globals.output)?;
     match answer.verdict {
-        Some(verdict) => Err(verdict),
+        Some(verdict) => Err(verdict.into()),
         None => Ok(()),
     }
 }
 
 /// Opens the services, runs the command in its span, and closes them again.
-async fn answer(cli: &Cli) -> Result<Answer, Error> {
+async fn answer(cli: &Cli) -> Result<Answer, Failed> {
     let session = Session::open(&cli.globals, &cli.command, Stop::on_signal()).await?;
     let work = async {
         let trace_id = cli
             .command
             .span_name()
             .and_then(|_| telemetry::current_trace_id());
+        let watch = if cli.command.explains() {
+            Watch::begin_current()
+        } else {
+            None
+        };
         let answer = commands::run(&session, &cli.command).await;
-        match (answer, trace_id) {
-            (Ok(answer), Some(trace_id)) => Ok(with_trace_id(answer, trace_id, cli.globals.output)),
-            (answer, _) => answer,
-        }
+        (answer, trace_id, watch)
     };
-    let result = match cli.command.span_name() {
+    let (result, trace_id, watch) = match cli.command.span_name() {
         Some(name) => {
             work.instrument(tracing::info_span!("mmuctl", otel.name = name))
                 .await
         }
         None => work.await,
     };
-    session.close(result).await
+    // Behind the end of the command's own span, so that it is among those that are shown.
+    let result = result.map(|answer| match &watch {
+        Some(watch) => with_spans(answer, &SpanTree::new(watch.take())),
+        None => answer,
+    });
+    let result = session.close(result).await;
+    match trace_id {
+        Some(trace_id) => with_trace(result, &trace_id, &cli.globals),
+        None => result.map_err(Failed::from),
+    }
 }
 
-fn with_trace_id(mut answer: Answer, trace_id: String, format: Format) -> Answer {
-    if format == Format::Table {
-        eprintln!("trace {trace_id}");
-    }
+fn with_spans(mut answer: Answer, tree: &SpanTree) -> Answer {
+    answer.text = format!("{}\n\n{}", answer.text.trim_end(), tree.text());
     if let Value::Object(object) = &mut answer.json {
-        object.insert("trace_id".into(), Value::String(trace_id));
+        object.insert("spans".into(), tree.to_json());
     }
     answer
+}
+
+/// Names the trace of a command, whatever came of it.
+fn with_trace(
+    result: Result<Answer, Error>,
+    trace_id: &str,
+    globals: &Globals,
+) -> Result<Answer, Failed> {
+    let jaeger = globals.jaeger.as_deref().filter(|url| !url.is_empty());
+    let link = jaeger.map(|jaeger| spans::jaeger_link(jaeger, trace_id));
+    let line = match &link {
+        Some(link) => format!("trace {trace_id} {link}"),
+        None => format!("trace {trace_id}"),
+    };
+    let mut answer = result.map_err(|error| Failed {
+        error: Box::new(error),
+        trace: Some(line.clone()),
+    })?;
+    if globals.output == Format::Table {
+        eprintln!("{line}");
+    }
+    if let Value::Object(object) = &mut answer.json {
+        object.insert("trace_id".into(), trace_id.into());
+        if let Some(link) = link {
+            object.insert("trace_url".into(), link.into());
+        }
+    }
+    Ok(answer)
 }

@@ -78,6 +78,9 @@ pub struct FaultArgs {
     /// The exit says that the guest has not accepted the page; such a guest ends
     #[arg(long)]
     pub pending: bool,
+    /// Show what happened in each process, with times
+    #[arg(long)]
+    pub explain: bool,
 }
 
 /// `mmuctl prefault`.

@@ -64,6 +64,9 @@ pub struct Globals {
     /// How to print the result
     #[arg(long, global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
     pub output: Format,
+    /// Where Jaeger shows its pages: links to traces are printed
+    #[arg(long, global = true, env = "MMUCTL_JAEGER", value_name = "URL", value_parser = page_url)]
+    pub jaeger: Option<String>,
     /// How long to wait for an answer: seconds, or a number with ms, s or m. Default: 60 seconds,
     /// 30 minutes for operations on ranges
     #[arg(long, global = true, value_parser = number::duration, value_name = "TIME")]
@@ -204,6 +207,11 @@ impl Command {
         })
     }
 
+    /// Whether the command shows its spans.
+    pub fn explains(&self) -> bool {
+        matches!(self, Self::Fault(fault) if fault.explain)
+    }
+
     /// Whether the command brings its own services along when no URL is given.
     pub fn is_local_by_default(&self) -> bool {
         matches!(
@@ -214,6 +222,15 @@ impl Command {
                 | Self::Measure(_)
                 | Self::Bench(_)
         )
+    }
+}
+
+/// The address of a page. An empty variable is unset.
+fn page_url(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.starts_with("http://") || text.starts_with("https://") {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("{text:?} does not begin with http:// or https://"))
     }
 }
 

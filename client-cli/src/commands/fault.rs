@@ -28,13 +28,16 @@ pub(super) async fn run(client: &Client, args: &FaultArgs) -> Result<Answer, Err
             qualification: qualification(args),
             extended_qualification: if args.pending { PENDING } else { 0 },
         }),
-        ..HandleFaultRequest::default()
+        explain: args.explain,
     };
-    let answer = client
+    let mut answer = client
         .short("HandleFault", message, async |mut mmu, request| {
             mmu.handle_fault(request).await
         })
         .await?;
+    if let Some(traceparent) = telemetry::traceparent_of_current_span() {
+        telemetry::watch::offer(&traceparent, std::mem::take(&mut answer.spans));
+    }
     let calls: Vec<Value> = answer
         .seamcalls
         .iter()
@@ -134,6 +137,7 @@ mod tests {
                 write,
                 exec,
                 pending: false,
+                explain: false,
             };
             assert_eq!(qualification(&args), want);
         }

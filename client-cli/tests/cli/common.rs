@@ -87,6 +87,11 @@ impl Services {
 
     /// With variables that both services and every `mmuctl` get.
     pub(crate) fn start_with(environment: &[(&str, &str)]) -> Self {
+        Self::start_with_module(environment, &[])
+    }
+
+    /// The same, with options for the module.
+    pub(crate) fn start_with_module(environment: &[(&str, &str)], options: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let environment = environment
             .iter()
@@ -98,7 +103,7 @@ impl Services {
         };
         let module = services.url("module");
         let mmu = services.url("mmu");
-        services.spawn("__module", &["--listen", &module]);
+        services.spawn("__module", &[&["--listen", &module], options].concat());
         services.spawn("__mmu", &["--listen", &mmu, "--module", &module]);
         services
     }
@@ -135,10 +140,19 @@ impl Services {
 
     /// Runs `mmuctl` with these services and JSON output.
     pub(crate) fn run(&self, line: &str) -> Run {
+        self.run_with(line, "json")
+    }
+
+    /// The same with tables.
+    pub(crate) fn run_table(&self, line: &str) -> Run {
+        self.run_with(line, "table")
+    }
+
+    fn run_with(&self, line: &str, format: &str) -> Run {
         let mut command = mmuctl();
         command.envs(self.environment.iter().cloned());
         command.args(line.split_whitespace());
-        command.args(["--output", "json"]);
+        command.args(["--output", format]);
         command.args(["--mmu", &self.url("mmu"), "--module", &self.url("module")]);
         finish(&mut command)
     }

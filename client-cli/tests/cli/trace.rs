@@ -6,6 +6,10 @@ use std::net::SocketAddr;
 
 use mirror_proto::mmu::mmu_service_client::MmuServiceClient;
 use mirror_proto::mmu::{Fault, HandleFaultRequest, HandleFaultsRequest};
+use mirror_proto::module::lock::Object;
+use mirror_proto::module::tdx_platform_service_client::TdxPlatformServiceClient;
+use mirror_proto::module::{HoldLockRequest, Lock};
+use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::Code;
@@ -344,6 +348,60 @@ fn failed_faults_have_a_span_afterwards() {
 }
 
 #[test]
+fn a_busy_module_shows_in_the_events_of_a_fault_that_is_traced_and_of_one_that_is_not() {
+    let receiver = Receiver::start();
+    let services = Services::start_with_module(
+        &[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint),
+            ("MMU_TRACE_EVERY", "0"),
+            ("MMU_TRACE_SLOW_MS", "3600000"),
+        ],
+        &["--allow-injection"],
+    );
+    let tdr = build(&services);
+    services.ok("fault --vm 1 --gpa 0x1000");
+    // As if another processor were changing the tree.
+    let mut guest = Guest::connect(&services);
+    let module = guest
+        .runtime
+        .block_on(transport::connect(&services.url("module")))
+        .unwrap();
+    let lock = HoldLockRequest {
+        lock: Some(Lock {
+            object: Some(Object::SeptTree(tdr)),
+        }),
+        ..Default::default()
+    };
+    guest
+        .runtime
+        .block_on(TdxPlatformServiceClient::new(module).hold_lock(lock))
+        .unwrap();
+    assert_eq!(guest.fault(0x2000, ""), Err(Code::Aborted));
+    let watched = services.run("fault --vm 1 --gpa 0x2000");
+    assert_eq!(watched.code, Some(1), "{}", watched.stdout);
+    let (_, trace) = watched.stderr.split_once("\ntrace ").unwrap();
+    let trace_id = trace[..32].to_owned();
+    drop(guest);
+    drop(services);
+
+    let spans = of_faults(&receiver);
+    let late: Vec<&Received> = spans
+        .iter()
+        .filter(|one| one.attribute("kvm.trace.late").is_some())
+        .collect();
+    assert_eq!(late.len(), 1, "{spans:#?}");
+    assert_eq!(late[0].attribute("kvm.trace.late").as_deref(), Some("busy"));
+    let message = &late[0].span.status.as_ref().unwrap().message;
+    assert!(message.contains("TDX_OPERAND_BUSY"), "{message}");
+
+    let traced = spans.iter().find(|one| one.trace_id() == trace_id).unwrap();
+    let busy = traced.span.events.iter().filter(|one| one.name == "busy");
+    assert_eq!(busy.count(), 128, "as many as a span takes");
+    assert!(format!("{:?}", traced.span.events[0]).contains("0x80000200"));
+    assert_eq!(traced.span.status.as_ref().unwrap().code, 2);
+}
+
+#[test]
 fn slow_faults_have_a_span_afterwards_with_the_answers_of_the_module() {
     let receiver = Receiver::start();
     // Everything is slow.
@@ -423,4 +481,77 @@ fn health_checks_and_the_services_own_calls_make_no_traces() {
     }
     drop(services);
     assert_eq!(receiver.spans.all(), []);
+}
+
+/// Depth-first names with the process that each span is of.
+fn names(node: &Value, found: &mut Vec<(String, String)>) {
+    let text = |key: &str| node[key].as_str().unwrap().to_owned();
+    found.push((text("service"), text("name")));
+    for child in node["children"].as_array().unwrap() {
+        names(child, found);
+    }
+}
+
+#[test]
+fn a_fault_is_explained_without_a_collector_and_with_one() {
+    let receiver = Receiver::start();
+    for collector in [None, Some(receiver.endpoint.as_str())] {
+        let mut environment = vec![
+            ("MMUCTL_JAEGER", "http://localhost:16686/"),
+            ("MMU_TRACE_EVERY", "0"),
+        ];
+        environment.extend(collector.map(|url| ("OTEL_EXPORTER_OTLP_ENDPOINT", url)));
+        let services = Services::start_with(&environment);
+        build(&services);
+        services.ok("fault --vm 1 --gpa 0x1000");
+        let fault = services.ok("fault --vm 1 --gpa 0x40000000 --explain");
+        let id = fault["trace_id"].as_str().unwrap();
+        assert_eq!(
+            fault["trace_url"].as_str().unwrap(),
+            format!("http://localhost:16686/trace/{id}")
+        );
+        let roots = fault["spans"].as_array().unwrap();
+        assert_eq!(roots.len(), 1, "{fault:#}");
+        let mut found = Vec::new();
+        names(&roots[0], &mut found);
+        let found: Vec<(&str, &str)> = found.iter().map(|(a, b)| (&**a, &**b)).collect();
+        assert_eq!(
+            found,
+            [
+                ("mmuctl", "fault"),
+                ("mmuctl", "kvm.mmu.v1.MmuService/HandleFault"),
+                ("mmu-service", "handle_fault"),
+                ("mmu-service", "walk"),
+                ("mmu-service", "begin"),
+                ("mmu-service", "seamcall batch"),
+                ("tdx-module-svc", "seamcall batch"),
+                ("tdx-module-svc", "TDH.MEM.SEPT.ADD"),
+                ("tdx-module-svc", "TDH.MEM.SEPT.ADD"),
+                ("tdx-module-svc", "TDH.MEM.PAGE.AUG"),
+                ("mmu-service", "settle"),
+            ],
+            "collector: {collector:?}"
+        );
+        assert_eq!(fault["seamcalls"].as_array().unwrap().len(), 3);
+    }
+    assert!(receiver.spans.services().contains("mmu-service"));
+}
+
+#[test]
+fn an_explanation_is_a_tree_in_the_terminal() {
+    let services = Services::start();
+    build(&services);
+    let run = services.run_table("fault --vm 1 --gpa 0x1000 --explain");
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    for expected in [
+        "fault",
+        "└─ HandleFault",
+        "seamcall batch",
+        "TDH.MEM.PAGE.AUG",
+        "µs",
+        "TDX_SUCCESS",
+    ] {
+        assert!(run.stdout.contains(expected), "{expected}: {}", run.stdout);
+    }
+    assert!(run.stderr.starts_with("trace "), "{}", run.stderr);
 }
