@@ -140,6 +140,15 @@ pub enum Error {
     /// The result cannot be written.
     #[error("cannot write the result")]
     Output(#[source] std::io::Error),
+    /// `--report` has nowhere to go.
+    #[error("report: cannot write {}", .file.display())]
+    Report {
+        /// As given.
+        file: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// Logs and traces cannot be set up.
     #[error("telemetry cannot be set up")]
     Telemetry(#[from] telemetry::TelemetryError),

@@ -4,10 +4,9 @@ use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use telemetry::propagate::TracedChannel;
 
 use crate::args::{Command, Globals};
-use crate::bench::Memory;
 use crate::client::{Client, Limits, connect_module, connect_module_channel};
 use crate::error::Error;
-use crate::local::{Local, LocalError};
+use crate::local::{Local, LocalError, ProcessMemory};
 use crate::stop::Stop;
 
 /// Where to find the services, for one command.
@@ -58,6 +57,11 @@ impl Session {
         })
     }
 
+    /// Resident memory of services that belong to this command.
+    pub fn memory(&self) -> Option<ProcessMemory> {
+        self.local.as_ref()?.memory()
+    }
+
     /// Connects to the MMU service, and to the module if its URL is known.
     pub async fn client(&self) -> Result<Client, Error> {
         let mmu = self.mmu.as_deref().unwrap_or(mmu_service::DEFAULT_LISTEN);
@@ -74,11 +78,6 @@ impl Session {
         self.module
             .as_deref()
             .unwrap_or(mmu_service::DEFAULT_MODULE)
-    }
-
-    /// Resident memory of the services, if they are the command's own.
-    pub fn memory(&self) -> Memory {
-        self.local.as_ref().map(Local::memory).unwrap_or_default()
     }
 
     /// A connection to the module, for its other services.

@@ -101,6 +101,14 @@ impl ModeArg {
         }
     }
 
+    /// The mode that this one is compared with.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Kernel => Self::Batched,
+            Self::Batched => Self::Kernel,
+        }
+    }
+
     /// As on the command line.
     pub fn name(self) -> &'static str {
         match self {

@@ -51,6 +51,12 @@ pub struct ReplayArgs {
     /// inferred from the recording
     #[arg(long, value_name = "HEX", value_parser = hex_number)]
     pub hva_base: Option<u64>,
+    /// Write a page about the replay, for a browser; plays the recording in both modes
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
+    /// With --report: play the recording in one mode only, that of --mode
+    #[arg(long, requires = "report")]
+    pub one_mode: bool,
     /// A line that cannot be read is an error
     #[arg(long)]
     pub strict: bool,

@@ -4,17 +4,9 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use crate::local::ProcessMemory;
 use crate::output::Table;
 use crate::tally::Tally;
-
-/// Resident memory of the two services, in bytes; unknown for services elsewhere.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Memory {
-    /// Of the MMU service.
-    pub mmu: Option<u64>,
-    /// Of the module.
-    pub module: Option<u64>,
-}
 
 /// One thing measured beside another.
 #[derive(Debug, Clone)]
@@ -90,7 +82,7 @@ impl Figure {
     }
 
     /// As an object.
-    pub fn to_json(&self, memory: Memory) -> Value {
+    pub fn to_json(&self, memory: Option<ProcessMemory>) -> Value {
         let mut json = json!({
             "name": self.name,
             "floor": self.floor,
@@ -99,7 +91,10 @@ impl Figure {
             "floor_ns_per_op": self.floor_ns_per_op,
             "ratio": self.ratio(),
             "rpcs": self.rpcs,
-            "rss_bytes": { "mmu": memory.mmu, "module": memory.module },
+            "rss_bytes": {
+                "mmu": memory.map(|memory| memory.mmu),
+                "module": memory.map(|memory| memory.module),
+            },
         });
         if let Value::Object(members) = &mut json {
             members.extend(self.more.clone());
@@ -148,7 +143,7 @@ mod tests {
     fn a_figure_is_told_in_units_of_its_floor() {
         let samples = [(30.0, 10.0), (20.0, 10.0), (40.0, 20.0)];
         let figure = Figure::new(("a", "b"), 7, &samples).with("more", 1);
-        let json = figure.to_json(Memory::default());
+        let json = figure.to_json(None);
         assert_eq!(
             (&json["ns_per_op"], &json["ratio"]),
             (&30.0.into(), &3.0.into())

@@ -23,7 +23,7 @@ mod scatter;
 
 use std::time::{Duration, Instant};
 
-pub use figure::{Figure, Memory};
+pub use figure::Figure;
 
 use crate::client::Client;
 use crate::error::Error;

@@ -18,10 +18,18 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::bench::Memory;
 use crate::stop::Stop;
 use child::Role;
 use process::Process;
+
+/// Memory of both processes, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProcessMemory {
+    /// Resident set of the MMU service.
+    pub mmu: u64,
+    /// Resident set of the module.
+    pub module: u64,
+}
 
 /// How long a service may take until it is serving.
 const READY_LIMIT: Duration = Duration::from_secs(30);
@@ -139,12 +147,12 @@ impl Local {
         self.module.url()
     }
 
-    /// Resident memory of both.
-    pub fn memory(&self) -> Memory {
-        Memory {
-            mmu: self.mmu.resident(),
-            module: self.module.resident(),
-        }
+    /// Resident memory of both; `None` once one has ended.
+    pub fn memory(&self) -> Option<ProcessMemory> {
+        Some(ProcessMemory {
+            mmu: self.mmu.resident_bytes()?,
+            module: self.module.resident_bytes()?,
+        })
     }
 
     /// A child that ended although nobody asked it to: the cause behind a connection that broke.

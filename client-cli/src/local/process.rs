@@ -64,19 +64,19 @@ impl Process {
         })
     }
 
-    /// Its resident memory, in bytes.
-    pub(super) fn resident(&self) -> Option<u64> {
+    /// Where it serves.
+    pub(super) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Resident memory in bytes (`VmRSS` of /proc); `None` once it has ended.
+    pub(super) fn resident_bytes(&self) -> Option<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()?)).ok()?;
         let line = status
             .lines()
             .find_map(|line| line.strip_prefix("VmRSS:"))?;
-        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
         Some(kib << 10)
-    }
-
-    /// Where it serves.
-    pub(super) fn url(&self) -> &str {
-        &self.url
     }
 
     /// Waits until the health check says that it is serving.

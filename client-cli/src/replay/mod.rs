@@ -8,7 +8,10 @@
 
 #[cfg(test)]
 mod fake;
+pub mod html;
 mod hva;
+mod map;
+pub mod meter;
 mod pages;
 mod placement;
 mod plan;
@@ -18,6 +21,7 @@ mod slots;
 mod vm;
 
 pub use hva::{HvaBase, HvaSource};
+pub use map::AddressMap;
 pub use plan::{Hole, Plan, PlanError, PlanOptions, PlannedFault, Segment, UnmapStep};
 pub(crate) use play::ret_pf_name;
 pub use play::{Played, Player};

@@ -7,7 +7,7 @@
 //! A fault that ends with RET_PF_RETRY is sent again, as the guest's next attempt would be.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use mirror_proto::mmu::{
@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
+use super::meter::{Bin, Meter};
 use super::plan::{Plan, PlannedFault, UnmapStep};
 use super::vm::TdVm;
 use crate::args::Order;
@@ -88,6 +89,9 @@ pub struct Player {
     client: Client,
     vm: Arc<TdVm>,
     progress: Progress,
+    /// Locked for a few additions a message.
+    meter: Arc<Mutex<Meter>>,
+    started: Instant,
 }
 
 impl Player {
@@ -97,7 +101,29 @@ impl Player {
             client: client.clone(),
             vm,
             progress,
+            meter: Arc::default(),
+            started: Instant::now(),
         }
+    }
+
+    /// What was measured so far.
+    pub fn meter(&self) -> Meter {
+        self.lock_meter().clone()
+    }
+
+    fn lock_meter(&self) -> MutexGuard<'_, Meter> {
+        self.meter.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn measure(&self, sent: &Sent, answer: &HandleFaultsResponse) {
+        let at = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let what = Bin {
+            faults: sent.faults.len() as u64,
+            messages: answer.counts.as_ref().map_or(0, |counts| counts.rpcs),
+        };
+        let mut meter = self.lock_meter();
+        meter.timeline.add(at, what);
+        meter.messages.add(sent.at.elapsed());
     }
 
     /// Plays all segments.
@@ -218,6 +244,7 @@ struct Sent {
     attempt: u32,
     vcpu_id: u32,
     faults: Vec<Fault>,
+    at: Instant,
 }
 
 impl<'a> Lane<'a> {
@@ -247,6 +274,7 @@ impl<'a> Lane<'a> {
             attempt: 0,
             vcpu_id: self.player.vm.vcpu_id(first.vcpu),
             faults: batch.iter().map(fault).collect(),
+            at: Instant::now(),
         })
         .await
     }
@@ -279,6 +307,7 @@ impl<'a> Lane<'a> {
             self.receive().await?;
         }
         sent.tag = self.next_tag;
+        sent.at = Instant::now();
         self.next_tag += 1;
         let message = HandleFaultsRequest {
             vm_id: self.player.vm.vm_id,
@@ -331,6 +360,7 @@ impl<'a> Lane<'a> {
         let sent = at
             .and_then(|at| self.waiting.remove(at))
             .ok_or_else(truncated)?;
+        self.player.measure(&sent, &answer);
         self.played.tally.add(answer.counts.as_ref());
         self.played.count("FIXED", answer.fixed);
         self.played.count("SPURIOUS", answer.spurious);

@@ -214,3 +214,135 @@ fn the_demo_measures_its_image_and_compares_both_modes() {
         "{demo}"
     );
 }
+
+/// Every element of a page is closed in order, and every attribute quoted: what an XML reader asks.
+fn check_well_formed(page: &str) {
+    let body = page.strip_prefix("<!DOCTYPE html>\n").unwrap();
+    let mut open: Vec<&str> = Vec::new();
+    let mut rest = body;
+    while let Some(at) = rest.find('<') {
+        assert!(
+            !rest[..at].contains('>'),
+            "a bare > near {:.60}",
+            &rest[..at]
+        );
+        let end = at + rest[at..].find('>').expect("a tag without an end");
+        let tag = &rest[at + 1..end];
+        rest = &rest[end + 1..];
+        let name = tag
+            .trim_start_matches('/')
+            .split([' ', '\n', '/'])
+            .next()
+            .unwrap();
+        assert!(!name.is_empty(), "<{tag}>");
+        if tag.starts_with('/') {
+            assert_eq!(open.pop(), Some(name), "</{name}>");
+            continue;
+        }
+        assert_eq!(tag.matches('"').count() % 2, 0, "<{tag}>");
+        if name == "style" {
+            // Style sheets have > of their own.
+            rest = &rest[rest.find("</style>").unwrap() + "</style>".len()..];
+        } else if !tag.ends_with('/') {
+            open.push(name);
+        }
+    }
+    assert_eq!(open, Vec::<&str>::new());
+    for reference in rest.split('&').skip(1) {
+        assert!(reference.contains(';'), "{reference:.20}");
+    }
+}
+
+/// The text of the element with this id, without the spaces between thousands.
+fn figure(page: &str, id: &str) -> String {
+    let (_, rest) = page
+        .split_once(&format!("id=\"{id}\""))
+        .unwrap_or_else(|| panic!("{id} is not on the page"));
+    let (_, text) = rest.split_once('>').unwrap();
+    let (text, _) = text.split_once('<').unwrap();
+    text.replace('\u{202f}', "")
+}
+
+#[test]
+fn a_report_tells_of_both_modes_with_the_figures_of_its_own_run() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("a report.html");
+    let trace = data("boot-small.trace");
+    let run = run([
+        "replay",
+        trace.to_str().unwrap(),
+        "--output",
+        "json",
+        "--report",
+        file.to_str().unwrap(),
+    ]);
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    let json = run.json();
+    let page = std::fs::read_to_string(&file).unwrap();
+    check_well_formed(&page);
+    for outside in ["http-equiv", "<script", "<link", "src=", "@import", "url("] {
+        assert!(!page.contains(outside), "{outside}");
+    }
+    assert!(page.contains("prefers-color-scheme: dark"));
+
+    for (id, member) in [
+        ("faults", "faults"),
+        ("rpcs", "rpcs"),
+        ("batched-rpcs", "rpcs"),
+        ("batched-kicks", "kicks"),
+        ("batched-pages_mapped", "pages_mapped"),
+    ] {
+        assert_eq!(figure(&page, id), json[member].to_string(), "{id}");
+    }
+    let calls = sum(&json["seamcalls"]);
+    assert_eq!(figure(&page, "batched-seamcalls"), calls.to_string());
+    let seconds = json["elapsed_s"].as_f64().unwrap();
+    assert_eq!(figure(&page, "batched-elapsed_s"), format!("{seconds:.3}"));
+    assert_eq!(
+        figure(&page, "calls-TDH.MEM.PAGE.AUG"),
+        json["seamcalls"]["TDH.MEM.PAGE.AUG"].to_string()
+    );
+    // The other mode: the same calls and pages, each call a message.
+    assert_eq!(figure(&page, "kernel-seamcalls"), calls.to_string());
+    assert_eq!(figure(&page, "kernel-rpcs"), calls.to_string());
+    assert_eq!(figure(&page, "kernel-pages_mapped"), "5000");
+    assert_eq!(figure(&page, "audit"), "clean");
+    assert_eq!(figure(&page, "mapped"), "19.5 MiB");
+    for process in ["mmu-rss", "module-rss"] {
+        assert!(figure(&page, process).ends_with("iB"), "{process}");
+    }
+    let command = figure(&page, "command");
+    assert!(
+        command.starts_with("mmuctl replay ") && command.contains("'"),
+        "{command}"
+    );
+}
+
+#[test]
+fn a_report_of_one_mode_leaves_the_other_out_and_a_bad_place_is_refused_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("report.html");
+    let trace = data("sample.trace");
+    let (trace, file) = (trace.to_str().unwrap(), file.to_str().unwrap());
+    let ran = run([
+        "replay",
+        trace,
+        "--mode",
+        "kernel",
+        "--one-mode",
+        "--report",
+        file,
+    ]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let page = std::fs::read_to_string(file).unwrap();
+    check_well_formed(&page);
+    assert!(page.contains("id=\"kernel-rpcs\"") && !page.contains("id=\"batched-rpcs\""));
+
+    let refused = run(["replay", trace, "--report", "/nonexistent/report.html"]);
+    assert_eq!(refused.code, Some(1));
+    assert!(
+        refused
+            .stderr
+            .contains("report: cannot write /nonexistent/report.html")
+    );
+}

@@ -284,7 +284,7 @@ async fn batches_of_faults_are_counted_by_their_root() {
         vm_id: vm,
         vcpu_id: 0,
         faults: faults.iter().map(|gpa| fault(*gpa)).collect(),
-        tag: 0,
+        ..Default::default()
     };
     let shared = 4 * MIB + SHARED;
     let batches = [
