@@ -10,7 +10,7 @@ const BINS: usize = 240;
 /// Width of a bin at first.
 const FIRST_WIDTH_NS: u64 = 1_000_000;
 /// Latency classes in each power of two.
-const CLASSES: usize = 4;
+const CLASSES: usize = 16;
 /// Powers of two: up to about a quarter of an hour.
 const POWERS: usize = 40;
 
@@ -76,7 +76,7 @@ impl Timeline {
     }
 }
 
-/// How many things took how long, exact to a fifth.
+/// How many things took how long, exact to a sixteenth.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Latencies {
     classes: Vec<u64>,
@@ -204,7 +204,7 @@ mod tests {
                 panic!("{ns}");
             };
             assert!(start <= ns && ns < end, "{ns} in {start}..{end}");
-            assert!(ns < 8 || end - start <= start / 4 + 1, "{start}..{end}");
+            assert!(ns < 32 || end - start <= start / 16 + 1, "{start}..{end}");
             assert_eq!(latencies.longest_ns(), ns);
             assert_eq!(latencies.quantile_ns(0.5), ns.min(end));
         }
@@ -220,7 +220,7 @@ mod tests {
         assert_eq!(latencies.count(), 100);
         for (share, us) in [(0.5, 50), (0.9, 90), (0.99, 99), (1.0, 100)] {
             let found = latencies.quantile_ns(share) / 1000;
-            assert!((us..=us + us / 4 + 1).contains(&found), "{share}: {found}");
+            assert!((us..=us + us / 16 + 1).contains(&found), "{share}: {found}");
         }
         latencies.add(Duration::from_secs(100_000));
         assert_eq!(latencies.quantile_ns(1.0).min(1), 1);

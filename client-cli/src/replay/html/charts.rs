@@ -8,9 +8,10 @@ use super::svg::{Bars, WIDTH, escape, open};
 use super::{grouped, rounded, size};
 use crate::tally::Tally;
 
-/// Cells in a row of a map, and their size in SVG units.
-const ROW: usize = 120;
-const CELL: f64 = 6.0;
+/// Cells in a row of a map: of a small guest, and of any other.
+const ROWS: [usize; 2] = [60, 120];
+/// Cells of a small guest.
+const FEW_CELLS: usize = 1200;
 /// Labels below a chart.
 const TICKS: usize = 6;
 
@@ -97,7 +98,7 @@ pub(super) fn response_times(meter: &Meter, faults: u64) -> String {
         title: "Messages of faults by the time to their answer",
         values: &values,
         hints: &hints,
-        unit: "messages, by time to answer (each class a fifth wider than the one before)",
+        unit: "messages, by time to answer (sixteen classes for each doubling)",
         ticks: &ticks,
     };
     let mut html = chart.draw();
@@ -176,6 +177,8 @@ pub(super) fn address_map(before: &AddressMap, after: &AddressMap) -> String {
         );
     }
     let _ = writeln!(html, "</ul>\n<p>A cell is {}.</p>", size(after.cell_size));
+    let all: usize = after.slots.iter().map(|slot| slot.cells.len()).sum();
+    let row = if all <= FEW_CELLS { ROWS[0] } else { ROWS[1] };
     for (title, map) in [("Before", before), ("After", after)] {
         let (mirror, direct) = map.mapped();
         let _ = writeln!(
@@ -192,20 +195,21 @@ pub(super) fn address_map(before: &AddressMap, after: &AddressMap) -> String {
                 slot.range.end,
                 size(slot.range.size())
             );
-            html.push_str(&cells(title, &slot.cells, map.cell_size));
+            html.push_str(&cells(title, &slot.cells, map.cell_size, row));
         }
     }
     html
 }
 
 /// The cells of a slot; neighbours that look alike are one rectangle.
-fn cells(title: &str, cells: &[Cell], cell_size: u64) -> String {
-    let rows = cells.len().div_ceil(ROW);
+fn cells(title: &str, cells: &[Cell], cell_size: u64, in_row: usize) -> String {
+    let rows = cells.len().div_ceil(in_row);
+    let side = WIDTH / in_row as f64;
     let mut svg = open(
         &format!("{title}: guest memory in cells"),
-        rows as f64 * CELL,
+        rows as f64 * side,
     );
-    for (row, line) in cells.chunks(ROW).enumerate() {
+    for (row, line) in cells.chunks(in_row).enumerate() {
         let mut at = 0;
         for run in line.chunk_by(|a, b| class_of(a, cell_size) == class_of(b, cell_size)) {
             // Half a unit short, so that rows stay apart.
@@ -213,15 +217,14 @@ fn cells(title: &str, cells: &[Cell], cell_size: u64) -> String {
                 svg,
                 "<rect class=\"{}\" x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\"/>",
                 class_of(&run[0], cell_size),
-                at as f64 * CELL,
-                row as f64 * CELL,
-                run.len() as f64 * CELL,
-                CELL - 0.5,
+                at as f64 * side,
+                row as f64 * side,
+                run.len() as f64 * side,
+                side - 0.5,
             );
             at += run.len();
         }
     }
-    debug_assert!(ROW as f64 * CELL <= WIDTH);
     svg.push_str("</svg>\n");
     svg
 }
@@ -285,7 +288,7 @@ mod tests {
 
     #[test]
     fn neighbours_that_look_alike_are_one_rectangle() {
-        let svg = cells("After", &[Cell::default(); 130], 2 << 20);
+        let svg = cells("After", &[Cell::default(); 130], 2 << 20, 120);
         assert_eq!(svg.matches("<rect").count(), 2, "{svg}");
         assert!(
             svg.contains("width=\"720\"") && svg.contains("width=\"60\""),

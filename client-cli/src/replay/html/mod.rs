@@ -16,6 +16,8 @@ use crate::local::ProcessMemory;
 use charts::{address_map, rates, recorded, response_times, seamcalls};
 use svg::escape;
 
+/// Mapped pages below which the growth of a process says nothing about a page.
+const MIN_PAGES: u64 = 4096;
 const STYLE: &str = include_str!("style.css");
 const EXAGGERATIONS: &str = include_str!("exaggerates.html");
 
@@ -186,7 +188,7 @@ impl Page<'_> {
         );
         let _ = writeln!(
             html,
-            "<p>{} vCPUs, {} memory slots, order <code>{}</code>. Outcomes: {}. Host unmaps: {}. \
+            "<p>vCPUs: {}. Memory slots: {}. Order: <code>{}</code>. Outcomes: {}. Host unmaps: {}. \
              Answered by the mirror alone: {}.</p>",
             plan.vcpus.len(),
             plan.slots.len(),
@@ -287,7 +289,7 @@ impl Page<'_> {
                 .to_owned();
         };
         let (mirror, direct) = self.run.after.mapped();
-        let pages = ((mirror + direct) >> 12).max(1);
+        let pages = (mirror + direct) >> 12;
         let mut html = String::from(
             "<table><thead><tr><th>process</th><th class=\"number\">before</th>\
              <th class=\"number\">after</th><th class=\"number\">growth a mapped 4 KiB</th></tr>\
@@ -297,17 +299,22 @@ impl Page<'_> {
             ("mmu", "MMU service", before.mmu, after.mmu),
             ("module", "TDX module", before.module, after.module),
         ] {
+            let growth = if pages < MIN_PAGES {
+                "–".to_owned()
+            } else {
+                let bytes = after.saturating_sub(before) as f64 / pages as f64;
+                format!("{bytes:.1} bytes")
+            };
             let _ = writeln!(
                 html,
                 "<tr><td>{name}</td><td class=\"number\">{}</td>\
                  <td class=\"number\" id=\"{id}-rss\" data-bytes=\"{after}\">{}</td>\
-                 <td class=\"number\">{:.1} bytes</td></tr>",
+                 <td class=\"number\">{growth}</td></tr>",
                 size(before),
                 size(after),
-                after.saturating_sub(before) as f64 / pages as f64,
             );
         }
-        html.push_str("</tbody></table>\n<p>Growth holds buffers of the connection as well as tables, so that a small guest shows too much of it.</p>\n");
+        html.push_str("</tbody></table>\n<p>Growth holds buffers of the connections beside tables and is told from 16 MiB of mapped memory on.</p>\n");
         html
     }
 }
