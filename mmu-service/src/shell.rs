@@ -81,7 +81,13 @@ impl Shell {
         work: impl FnOnce(&Vm) -> Result<T, VmError> + Send + 'static,
     ) -> Result<T, Status> {
         let entry = Arc::clone(entry);
-        self.run(span, move || work(&entry.vm))
+        let work = move || {
+            let result = work(&entry.vm);
+            // Before the answer: who asked finds what it did in the stream of events.
+            entry.events.collect(&entry.vm);
+            result
+        };
+        self.run(span, work)
             .await?
             .map_err(|error| status::of_vm(&error))
     }

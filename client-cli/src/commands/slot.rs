@@ -32,6 +32,7 @@ pub(super) async fn set(client: &Client, args: &SlotSetArgs) -> Result<Answer, E
         userspace_addr: hva,
         guest_memfd: args.guest_memfd,
         read_only: args.read_only,
+        ..Default::default()
     };
     let tally = change(client, args.vm, slot).await?;
     let mut json = json!({

@@ -35,6 +35,7 @@ async fn create(client: &Client, args: &VmCreateArgs) -> Result<Answer, Error> {
         max_vcpus: args.max_vcpus,
         label: args.label.clone(),
         create_only: args.create_only,
+        ..Default::default()
     };
     let vm = client
         .short("CreateVm", message, async |mut mmu, request| {

@@ -154,7 +154,10 @@ pub(super) fn pre_fault_memory(
     let entry = shell.live_vm(vm_id)?;
     let span = info_span!("pre_fault_memory", vm = vm_id, vcpu = vcpu_id, gpa, size);
     Ok(answer(shell, entry, span, move |vm, pieces| {
+        // Less than asked where the range leaves the slots behind its first pages.
+        let mut last = 0;
         let counts = vm.pre_fault_memory(vcpu_id, gpa, size, &mut |done| {
+            last = done;
             pieces.progress(wire::PreFaultMemoryResponse {
                 done,
                 counts: None,
@@ -163,7 +166,7 @@ pub(super) fn pre_fault_memory(
         })?;
         let counts = Some(counts_to_wire(&counts));
         Ok(Some(wire::PreFaultMemoryResponse {
-            done: size,
+            done: last,
             counts,
             finished: true,
         }))

@@ -1,11 +1,13 @@
 //! The RPCs of kvm.mmu.v1.MmuService, by group. A handler converts, has the core work on a thread
 //! of its own, and converts back.
 
+mod events;
 mod faults;
 mod lifecycle;
 mod look;
 mod memory;
 mod stream;
+mod tables;
 
 use std::sync::Arc;
 
@@ -73,6 +75,15 @@ macro_rules! mmu_service {
             ) -> Result<Response<Self::AuditStream>, Status> {
                 look::audit(&self.0, request.into_inner()).map(Response::new)
             }
+
+            type WatchEventsStream = Answers<wire::WatchEventsResponse>;
+
+            async fn watch_events(
+                &self,
+                request: Request<wire::WatchEventsRequest>,
+            ) -> Result<Response<Self::WatchEventsStream>, Status> {
+                events::watch_events(&self.0, request.into_inner()).map(Response::new)
+            }
         }
     };
 }
@@ -93,4 +104,16 @@ mmu_service! {
     handle_fault: HandleFaultRequest => HandleFaultResponse, faults;
     get_walk: GetWalkRequest => GetWalkResponse, look;
     get_stats: GetStatsRequest => GetStatsResponse, look;
+    set_dirty_log: SetDirtyLogRequest => SetDirtyLogResponse, tables;
+    get_dirty_log: GetDirtyLogRequest => GetDirtyLogResponse, tables;
+    clear_dirty_log: ClearDirtyLogRequest => ClearDirtyLogResponse, tables;
+    age_range: AgeRangeRequest => AgeRangeResponse, tables;
+    touch_memory: TouchMemoryRequest => TouchMemoryResponse, tables;
+    zap_all_fast: ZapAllFastRequest => ZapAllFastResponse, tables;
+    zap_all: ZapAllRequest => ZapAllResponse, tables;
+    zap_range: ZapRangeRequest => ZapRangeResponse, tables;
+    write_protect: WriteProtectRequest => WriteProtectResponse, tables;
+    change_host_mapping: ChangeHostMappingRequest => ChangeHostMappingResponse, tables;
+    set_nx_huge_pages: SetNxHugePagesRequest => SetNxHugePagesResponse, tables;
+    recover_nx_huge_pages: RecoverNxHugePagesRequest => RecoverNxHugePagesResponse, tables;
 }

@@ -9,3 +9,5 @@ mod refusals;
 mod stack;
 mod surface;
 mod table;
+mod tables;
+mod watch;
