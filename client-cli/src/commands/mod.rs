@@ -2,6 +2,7 @@
 
 mod conformance;
 mod demo;
+mod events;
 mod explain;
 mod fault;
 mod generate;
@@ -11,6 +12,7 @@ mod ranges;
 mod replay;
 mod seamcall;
 mod slot;
+mod tables;
 mod vm;
 
 use crate::args::{Command, SlotCommand};
@@ -29,6 +31,9 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
     if let Command::Conformance(args) = command {
         return conformance::run(session, args).await;
     }
+    if let Command::Events(args) = command {
+        return events::run(session, args).await;
+    }
     let client = &session.client().await?;
     match command {
         Command::Demo(_) => demo::run(client).await,
@@ -41,6 +46,11 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Convert(args) => ranges::convert(client, args).await,
         Command::PunchHole(args) => ranges::punch_hole(client, args).await,
         Command::Replay(args) => replay::run(client, args).await,
+        Command::DirtyLog(command) => tables::dirty_log(client, command).await,
+        Command::Age(args) => tables::age(client, args).await,
+        Command::Zap(args) => tables::zap(client, args).await,
+        Command::ZapFast(args) => tables::zap_fast(client, args).await,
+        Command::Events(args) => events::run(session, args).await,
         Command::Measure(args) => measure::run(client, args).await,
         Command::Walk(args) => look::walk(client, args).await,
         Command::Tree(args) => look::tree(client, args).await,

@@ -15,6 +15,7 @@
 
 mod error_code;
 mod fault;
+pub mod ftrace;
 mod input;
 mod lines;
 mod prefix;

@@ -133,14 +133,18 @@ impl Services {
         std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
     }
 
-    /// Runs `mmuctl` with these services and JSON output.
-    pub(crate) fn run(&self, line: &str) -> Run {
+    /// `mmuctl` with these services.
+    pub(crate) fn command(&self, line: &str) -> Command {
         let mut command = mmuctl();
         command.envs(self.environment.iter().cloned());
         command.args(line.split_whitespace());
-        command.args(["--output", "json"]);
         command.args(["--mmu", &self.url("mmu"), "--module", &self.url("module")]);
-        finish(&mut command)
+        command
+    }
+
+    /// Runs `mmuctl` with these services and JSON output.
+    pub(crate) fn run(&self, line: &str) -> Run {
+        finish(self.command(line).args(["--output", "json"]))
     }
 
     /// The same, for commands that must succeed.

@@ -6,4 +6,5 @@ mod conformance;
 mod leftovers;
 mod measure;
 mod replay;
+mod tables;
 mod trace;
