@@ -2,6 +2,7 @@
 //!
 //! Command names, and the keys of `--output json`, are an interface for scripts.
 
+mod compare;
 mod conformance;
 mod measure;
 mod memory;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mirror_proto::mmu::Mode;
 
+pub use compare::CompareArgs;
 pub use conformance::ConformanceArgs;
 pub use measure::{MeasureArgs, MeasureOrder};
 pub use memory::{
@@ -147,6 +149,8 @@ pub enum Command {
     ZapFast(ZapFastArgs),
     /// Print the tracepoints of a VM as they come, in the form of tracefs' trace file
     Events(EventsArgs),
+    /// Play a marked recording of a real KVM and compare what the model does, event by event
+    Compare(CompareArgs),
     /// Play recorded call sequences against a module and compare every answer
     Conformance(ConformanceArgs),
     /// MRTD of a firmware image: build a TD from its TDX metadata through both services
@@ -209,6 +213,7 @@ impl Command {
             Self::Seamcall(_) => "seamcall",
             Self::Vm(VmCommand::List | VmCommand::Show(_))
             | Self::Events(_)
+            | Self::Compare(_)
             | Self::Conformance(_)
             | Self::Walk(_)
             | Self::Tree(_)
@@ -224,7 +229,11 @@ impl Command {
     pub fn is_local_by_default(&self) -> bool {
         matches!(
             self,
-            Self::Demo(_) | Self::Replay(_) | Self::Conformance(_) | Self::Measure(_)
+            Self::Demo(_)
+                | Self::Replay(_)
+                | Self::Compare(_)
+                | Self::Conformance(_)
+                | Self::Measure(_)
         )
     }
 }

@@ -1,5 +1,6 @@
 //! One file for each group of commands: ask the services, make an [`Answer`].
 
+mod compare;
 mod conformance;
 mod demo;
 mod events;
@@ -12,7 +13,7 @@ mod ranges;
 mod replay;
 mod seamcall;
 mod slot;
-mod tables;
+pub(crate) mod tables;
 mod vm;
 
 use crate::args::{Command, SlotCommand};
@@ -51,6 +52,7 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Zap(args) => tables::zap(client, args).await,
         Command::ZapFast(args) => tables::zap_fast(client, args).await,
         Command::Events(args) => events::run(session, args).await,
+        Command::Compare(args) => compare::run(client, args).await,
         Command::Measure(args) => measure::run(client, args).await,
         Command::Walk(args) => look::walk(client, args).await,
         Command::Tree(args) => look::tree(client, args).await,

@@ -2,6 +2,7 @@
 
 mod commands;
 mod common;
+mod compare;
 mod conformance;
 mod leftovers;
 mod measure;
