@@ -107,6 +107,23 @@ pub enum Error {
         /// Of how many.
         sequences: u64,
     },
+    /// A file is no marked recording.
+    #[error("{}", path.display())]
+    Recording {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: crate::compare::RecordingError,
+    },
+    /// The model does something else than the recorded kernel.
+    #[error("{different} of {steps} steps differ from the recording")]
+    Compare {
+        /// How many.
+        different: u64,
+        /// Of how many.
+        steps: u64,
+    },
     /// The raw call ended with an error.
     #[error("{leaf} answered {status}")]
     Seamcall {
@@ -200,6 +217,12 @@ impl Refusal {
     /// The gRPC code.
     pub fn code(&self) -> Code {
         self.0.code()
+    }
+
+    /// KVM's errno, when there is one.
+    pub fn errno(&self) -> Option<i32> {
+        let details = self.0.get_error_details();
+        details.error_info()?.metadata.get("errno")?.parse().ok()
     }
 
     /// What the message leaves out: fields, limits, the errno, the exit record.

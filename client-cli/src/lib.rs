@@ -3,7 +3,7 @@
 //! The binary is [`cli_main`]. A command is parsed by [`args`], gets its services from a
 //! [`session`] (given by URL, or started as children by [`local`]), asks them through [`client`],
 //! and ends in an [`output::Answer`]. [`trace`] reads recordings and [`replay`] plays them;
-//! [`tdvf`] reads firmware images.
+//! [`compare`] holds a real KVM against the model; [`tdvf`] reads firmware images.
 //!
 //! Invariants
 //! - M1  stdout holds the result and nothing else; with `--output json` exactly one object.
@@ -14,6 +14,7 @@ pub mod args;
 pub mod bench;
 pub mod client;
 mod commands;
+pub mod compare;
 pub mod conformance;
 pub mod error;
 pub mod fuzz;

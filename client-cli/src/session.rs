@@ -3,7 +3,7 @@
 use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use telemetry::propagate::TracedChannel;
 
-use crate::args::{Command, Globals};
+use crate::args::{Command, Format, Globals};
 use crate::client::{Client, Limits, connect_module, connect_module_channel};
 use crate::error::Error;
 use crate::local::{Local, LocalError, ProcessMemory};
@@ -16,6 +16,8 @@ pub struct Session {
     pub limits: Limits,
     /// Signals.
     pub stop: Stop,
+    /// How the result is printed.
+    pub output: Format,
     mmu: Option<String>,
     module: Option<String>,
     local: Option<Local>,
@@ -32,6 +34,7 @@ impl Session {
             return Ok(Self {
                 limits,
                 stop,
+                output: globals.output,
                 mmu,
                 module,
                 local: None,
@@ -53,6 +56,7 @@ impl Session {
             module: Some(local.module_url().to_owned()),
             limits,
             stop,
+            output: globals.output,
             local: Some(local),
         })
     }

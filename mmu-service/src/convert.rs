@@ -4,8 +4,8 @@
 
 use mirror_proto::{InvalidField, mmu as wire};
 use tdp_mmu::{
-    Counts, Fault, FaultOutcome, FaultReport, FaultsReport, MAX_SLOTS, Mode, RetPf, RootKind,
-    SlotSpec, TreeEntry, Walk, WalkEntry,
+    Counts, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, HostChange, HostPageSize,
+    MAX_SLOTS, Mode, RetPf, RootKind, SlotSpec, TreeEntry, VmKind, Walk, WalkEntry,
 };
 use tdx_defs::{CompletionStatus, GpaLayout, Gpaw, Leaf, Level};
 
@@ -53,6 +53,89 @@ fn mode_to_wire(mode: Mode) -> wire::Mode {
     }
 }
 
+/// Unspecified means a TD.
+pub(crate) fn kind_from_wire(kind: i32) -> Result<VmKind, InvalidField> {
+    match wire::VmKind::try_from(kind) {
+        Ok(wire::VmKind::Unspecified | wire::VmKind::Td) => Ok(VmKind::Td),
+        Ok(wire::VmKind::Ordinary) => Ok(VmKind::Ordinary),
+        Err(_) => Err(InvalidField::new(
+            "kind",
+            format!("{kind} is not a kind of VM"),
+        )),
+    }
+}
+
+fn kind_to_wire(kind: VmKind) -> wire::VmKind {
+    match kind {
+        VmKind::Td => wire::VmKind::Td,
+        VmKind::Ordinary => wire::VmKind::Ordinary,
+    }
+}
+
+/// Unspecified means that reading protects.
+pub(crate) fn dirty_log_from_wire(mode: i32) -> Result<DirtyLogMode, InvalidField> {
+    match wire::DirtyLogMode::try_from(mode) {
+        Ok(wire::DirtyLogMode::Unspecified | wire::DirtyLogMode::Protect) => {
+            Ok(DirtyLogMode::Protect)
+        }
+        Ok(wire::DirtyLogMode::Manual) => Ok(DirtyLogMode::Manual),
+        Ok(wire::DirtyLogMode::ManualInitiallySet) => Ok(DirtyLogMode::ManualInitiallySet),
+        Err(_) => Err(InvalidField::new(
+            "dirty_log",
+            format!("{mode} is not a way to read the log"),
+        )),
+    }
+}
+
+/// Unspecified means 4 KiB.
+pub(crate) fn page_size_from_wire(size: i32, field: &str) -> Result<HostPageSize, InvalidField> {
+    match wire::HostPageSize::try_from(size) {
+        Ok(wire::HostPageSize::Unspecified | wire::HostPageSize::HostPageSize4k) => {
+            Ok(HostPageSize::Size4K)
+        }
+        Ok(wire::HostPageSize::HostPageSize2m) => Ok(HostPageSize::Size2M),
+        Ok(wire::HostPageSize::HostPageSize1g) => Ok(HostPageSize::Size1G),
+        Err(_) => Err(InvalidField::new(
+            field,
+            format!("{size} is not a page size"),
+        )),
+    }
+}
+
+fn page_size_to_wire(size: HostPageSize) -> wire::HostPageSize {
+    match size {
+        HostPageSize::Size4K => wire::HostPageSize::HostPageSize4k,
+        HostPageSize::Size2M => wire::HostPageSize::HostPageSize2m,
+        HostPageSize::Size1G => wire::HostPageSize::HostPageSize1g,
+    }
+}
+
+/// Unspecified means no change, only the notifier. A page size belongs to one change.
+pub(crate) fn host_change_from_wire(
+    change: i32,
+    page_size: i32,
+) -> Result<Option<HostChange>, InvalidField> {
+    let change = wire::HostChange::try_from(change).map_err(|_| {
+        InvalidField::new("change", format!("{change} is not a change of the host"))
+    })?;
+    let size = page_size_from_wire(page_size, "page_size")?;
+    if (change == wire::HostChange::PageSize) != (page_size != 0) {
+        let reason = "goes with HOST_CHANGE_PAGE_SIZE, and with nothing else";
+        return Err(InvalidField::new("page_size", reason));
+    }
+    Ok(match change {
+        wire::HostChange::Unspecified => None,
+        wire::HostChange::Drop => Some(HostChange::Drop),
+        wire::HostChange::DropToZero => Some(HostChange::DropToZero),
+        wire::HostChange::ReadOnly => Some(HostChange::ReadOnly),
+        wire::HostChange::ReadWrite => Some(HostChange::ReadWrite),
+        wire::HostChange::NoAccess => Some(HostChange::NoAccess),
+        wire::HostChange::PageSize => Some(HostChange::PageSize(size)),
+        wire::HostChange::Share => Some(HostChange::Share),
+        wire::HostChange::Write => Some(HostChange::Write),
+    })
+}
+
 /// Unspecified means both roots.
 pub(crate) fn root_from_wire(root: i32) -> Result<Option<RootKind>, InvalidField> {
     match wire::Root::try_from(root) {
@@ -91,7 +174,9 @@ pub(crate) fn slot_from_wire(slot: wire::Slot) -> Result<SlotSpec, InvalidField>
         userspace_addr: slot.userspace_addr,
         guest_memfd: slot.guest_memfd,
         read_only: slot.read_only,
-        ..SlotSpec::default()
+        log_dirty: slot.log_dirty,
+        host_page_size: page_size_from_wire(slot.host_page_size, "slot.host_page_size")?,
+        demand_zero: slot.demand_zero,
     })
 }
 
@@ -103,6 +188,9 @@ fn slot_to_wire(slot: &SlotSpec) -> wire::Slot {
         userspace_addr: slot.userspace_addr,
         guest_memfd: slot.guest_memfd,
         read_only: slot.read_only,
+        log_dirty: slot.log_dirty,
+        host_page_size: page_size_to_wire(slot.host_page_size).into(),
+        demand_zero: slot.demand_zero,
     }
 }
 
@@ -250,6 +338,7 @@ pub(crate) fn vm_info_to_wire(entry: &VmEntry) -> wire::VmInfo {
         pages_1g: info.pages_1g,
         slots: info.slots.iter().map(slot_to_wire).collect(),
         mrtd: info.mrtd.map(|mrtd| hex(&mrtd)).unwrap_or_default(),
+        kind: kind_to_wire(info.kind).into(),
     }
 }
 
@@ -305,6 +394,13 @@ mod tests {
             ("min_level", min_level_from_wire(6).unwrap_err()),
             ("min_level", min_level_from_wire(u32::MAX).unwrap_err()),
             ("slot", required::<()>(None, "slot").unwrap_err()),
+            ("kind", kind_from_wire(3).unwrap_err()),
+            ("dirty_log", dirty_log_from_wire(-1).unwrap_err()),
+            ("slot.x", page_size_from_wire(4, "slot.x").unwrap_err()),
+            ("change", host_change_from_wire(99, 0).unwrap_err()),
+            ("page_size", host_change_from_wire(6, 4).unwrap_err()),
+            ("page_size", host_change_from_wire(6, 0).unwrap_err()),
+            ("page_size", host_change_from_wire(1, 2).unwrap_err()),
         ] {
             assert_eq!(refusal.field, field);
         }

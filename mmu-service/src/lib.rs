@@ -14,6 +14,7 @@
 mod cli;
 mod config;
 mod convert;
+mod events;
 mod health;
 mod link;
 mod linked;

@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 
 use crate::config::size;
+use crate::events::EventHub;
 use crate::link::Attachment;
 use crate::status;
 
@@ -24,6 +25,7 @@ pub(crate) struct VmEntry {
     pub(crate) vm: Vm,
     pub(crate) layout: GpaLayout,
     pub(crate) attachment: Arc<Attachment>,
+    pub(crate) events: Arc<EventHub>,
     _place: Place,
 }
 
@@ -91,6 +93,7 @@ impl Registry {
             vm,
             layout,
             attachment,
+            events: Arc::default(),
             _place: place,
         });
         self.vms.insert(id, Arc::clone(&entry));

@@ -100,6 +100,8 @@ impl Shell {
             if let Ok(Some(counts)) = outcome.as_ref().map(Costs::costs) {
                 metrics.did(counts);
             }
+            // Before the answer: who asked finds what it did in the stream of events.
+            entry.events.collect(&entry.vm);
             outcome
         };
         self.run(span, counted)

@@ -142,6 +142,14 @@ pub(crate) fn too_many_vms(limit: u32) -> Status {
         .status()
 }
 
+/// Every place for a reader of a VM's events is taken.
+pub(crate) fn too_many_watchers(limit: usize) -> Status {
+    let message = format!("{limit} readers watch the events of the VM, the limit");
+    Refusal::new(reasons::EXHAUSTED, message)
+        .errno(ENOMEM)
+        .status()
+}
+
 /// Every thread is taken.
 pub(crate) fn overloaded(limit: u32) -> Status {
     let message = format!("{limit} operations are in work, the limit");

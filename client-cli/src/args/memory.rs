@@ -2,6 +2,8 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use mirror_proto::mmu::HostPageSize;
+
 use super::number::{number, number32};
 
 /// `mmuctl slot`.
@@ -31,19 +33,49 @@ pub struct SlotSetArgs {
     /// Host virtual address of the first byte; default: 0x7f0000000000 + gpa
     #[arg(long, value_name = "ADDR", value_parser = number)]
     pub hva: Option<u64>,
-    /// Whether private pages come from a guest_memfd
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value_t = true,
-        num_args = 0..=1,
-        default_missing_value = "true",
-        action = clap::ArgAction::Set
-    )]
-    pub guest_memfd: bool,
+    /// Whether private pages come from a guest_memfd; default: true, but for a dirty log and in an
+    /// ordinary VM, which has none
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub guest_memfd: Option<bool>,
     /// The guest may not write (KVM_MEM_READONLY)
     #[arg(long)]
     pub read_only: bool,
+    /// Log dirty pages (KVM_MEM_LOG_DIRTY_PAGES); can be changed while the slot is there
+    #[arg(long)]
+    pub log_dirty: bool,
+    /// Pages that the host maps user memory with, where alignment allows it; counts when the slot
+    /// is created
+    #[arg(long, value_enum, value_name = "SIZE", default_value_t)]
+    pub host_page_size: HostPageSizeArg,
+    /// Reads of user memory that nobody wrote get the zero page; counts when the slot is created
+    #[arg(long)]
+    pub demand_zero: bool,
+}
+
+/// Page sizes of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum HostPageSizeArg {
+    /// 4 KiB.
+    #[default]
+    #[value(name = "4K", alias = "4k")]
+    Size4K,
+    /// 2 MiB.
+    #[value(name = "2M", alias = "2m")]
+    Size2M,
+    /// 1 GiB.
+    #[value(name = "1G", alias = "1g")]
+    Size1G,
+}
+
+impl HostPageSizeArg {
+    /// The wire's word.
+    pub fn to_wire(self) -> HostPageSize {
+        match self {
+            Self::Size4K => HostPageSize::HostPageSize4k,
+            Self::Size2M => HostPageSize::HostPageSize2m,
+            Self::Size1G => HostPageSize::HostPageSize1g,
+        }
+    }
 }
 
 /// `mmuctl slot delete`.

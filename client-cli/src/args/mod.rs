@@ -3,6 +3,7 @@
 //! Command names, and the keys of `--output json`, are an interface for scripts.
 
 mod bench;
+mod compare;
 mod conformance;
 mod guest;
 mod measure;
@@ -11,6 +12,7 @@ mod number;
 mod private;
 mod replay;
 mod seamcall;
+mod tables;
 mod vm;
 
 use std::time::Duration;
@@ -19,18 +21,26 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use mirror_proto::mmu::Mode;
 
 pub use bench::BenchArgs;
+pub use compare::CompareArgs;
 pub use conformance::ConformanceArgs;
 pub use guest::{GuestArgs, GuestWord, GuestWordError};
 pub use measure::{MeasureArgs, MeasureOrder};
 pub use memory::{
-    ConvertArgs, FaultArgs, PrefaultArgs, PunchHoleArgs, SlotCommand, SlotDeleteArgs, SlotSetArgs,
-    Visibility,
+    ConvertArgs, FaultArgs, HostPageSizeArg, PrefaultArgs, PunchHoleArgs, SlotCommand,
+    SlotDeleteArgs, SlotSetArgs, Visibility,
 };
 pub use number::NumberError;
 pub use private::{AddressRange, PrivateError, PrivateMemory};
 pub use replay::{DemoArgs, Order, ReplayArgs};
 pub use seamcall::{ExplainArgs, Register, RegisterValue, SeamcallArgs, StatusArg, Stride};
-pub use vm::{InitRegionArgs, TreeArgs, TreeRoot, VcpuCommand, VmCommand, VmCreateArgs, WalkArgs};
+pub use tables::{
+    AgeArgs, DirtyLogClearArgs, DirtyLogCommand, DirtyLogGetArgs, DirtyLogSetArgs, EventsArgs,
+    ZapArgs, ZapFastArgs,
+};
+pub use vm::{
+    DirtyLogArg, InitRegionArgs, TreeArgs, TreeRoot, VcpuCommand, VmCommand, VmCreateArgs,
+    VmKindArg, WalkArgs,
+};
 
 /// Drives and inspects the TDX mirror MMU.
 ///
@@ -145,6 +155,19 @@ pub enum Command {
     PunchHole(PunchHoleArgs),
     /// Play a recording of kvm_page_fault events (ftrace, trace-cmd, perf script) as guest accesses
     Replay(ReplayArgs),
+    /// Read, clear, begin and end dirty logs
+    #[command(subcommand)]
+    DirtyLog(DirtyLogCommand),
+    /// Ask what the guest used lately, by host address (kvm_age_hva)
+    Age(AgeArgs),
+    /// Take shared mappings away: a range, or all (kvm_zap_gfn_range, kvm_mmu_zap_all)
+    Zap(ZapArgs),
+    /// Make the direct root obsolete (kvm_mmu_zap_all_fast)
+    ZapFast(ZapFastArgs),
+    /// Print the tracepoints of a VM as they come, in the form of tracefs' trace file
+    Events(EventsArgs),
+    /// Play a marked recording of a real KVM and compare what the model does, event by event
+    Compare(CompareArgs),
     /// Play recorded call sequences against a module and compare every answer
     Conformance(ConformanceArgs),
     /// MRTD of a firmware image: build a TD from its TDX metadata through both services
@@ -200,9 +223,17 @@ impl Command {
             Self::Convert(_) => "convert",
             Self::PunchHole(_) => "punch-hole",
             Self::Replay(_) => "replay",
+            Self::DirtyLog(DirtyLogCommand::Get(_)) => "dirty-log get",
+            Self::DirtyLog(DirtyLogCommand::Clear(_)) => "dirty-log clear",
+            Self::DirtyLog(DirtyLogCommand::Set(_)) => "dirty-log set",
+            Self::Age(_) => "age",
+            Self::Zap(_) => "zap",
+            Self::ZapFast(_) => "zap-fast",
             Self::Measure(_) => "measure",
             Self::Seamcall(_) => "seamcall",
             Self::Vm(VmCommand::List | VmCommand::Show(_))
+            | Self::Events(_)
+            | Self::Compare(_)
             | Self::Conformance(_)
             | Self::Bench(_)
             | Self::Walk(_)
@@ -226,6 +257,7 @@ impl Command {
             self,
             Self::Demo(_)
                 | Self::Replay(_)
+                | Self::Compare(_)
                 | Self::Conformance(_)
                 | Self::Measure(_)
                 | Self::Bench(_)

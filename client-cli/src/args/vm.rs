@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use mirror_proto::mmu::Root;
+use mirror_proto::mmu::{DirtyLogMode, Root, VmKind};
 
 use super::ModeArg;
 use super::number::{number, number32};
@@ -56,6 +56,68 @@ pub struct VmCreateArgs {
     /// Create the VM only; `vm init` makes it a TD
     #[arg(long)]
     pub create_only: bool,
+    /// A TD, or an ordinary VM without private memory
+    #[arg(long, value_enum, default_value_t)]
+    pub kind: VmKindArg,
+    /// Whether huge leaves are split when a dirty log begins (kvm.eager_page_split)
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    pub eager_page_split: bool,
+    /// How the dirty log is read
+    #[arg(long, value_enum, value_name = "HOW", default_value_t)]
+    pub dirty_log: DirtyLogArg,
+    /// The processor logs dirtied pages itself; ordinary VMs only
+    #[arg(long)]
+    pub pml: bool,
+    /// Huge leaves are not executable (kvm.nx_huge_pages)
+    #[arg(long)]
+    pub nx_huge_pages: bool,
+    /// Whether deleting or moving a slot zaps everything (KVM_X86_QUIRK_SLOT_ZAP_ALL); ordinary
+    /// VMs only, where the default is true
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub slot_zap_all: Option<bool>,
+}
+
+/// What kind of guest a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum VmKindArg {
+    /// A TDX guest.
+    #[default]
+    Td,
+    /// No private memory, and no call to the module.
+    Ordinary,
+}
+
+impl VmKindArg {
+    /// The wire's word.
+    pub fn to_wire(self) -> VmKind {
+        match self {
+            Self::Td => VmKind::Td,
+            Self::Ordinary => VmKind::Ordinary,
+        }
+    }
+}
+
+/// How a dirty log is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum DirtyLogArg {
+    /// Reading clears, and protects again.
+    #[default]
+    Protect,
+    /// Clearing is a call of its own.
+    Manual,
+    /// The same, and a new log says that every page is dirty.
+    ManualInitiallySet,
+}
+
+impl DirtyLogArg {
+    /// The wire's word.
+    pub fn to_wire(self) -> DirtyLogMode {
+        match self {
+            Self::Protect => DirtyLogMode::Protect,
+            Self::Manual => DirtyLogMode::Manual,
+            Self::ManualInitiallySet => DirtyLogMode::ManualInitiallySet,
+        }
+    }
 }
 
 /// A VM, by position or by `--vm`.

@@ -140,7 +140,7 @@ impl Build<'_> {
                 size: memory.size(),
                 userspace_addr: hva,
                 guest_memfd: true,
-                read_only: false,
+                ..Default::default()
             };
             hva += memory.size();
             let message = SetUserMemoryRegionRequest {

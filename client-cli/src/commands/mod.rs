@@ -1,8 +1,10 @@
 //! One file for each group of commands: ask the services, make an [`Answer`].
 
 mod bench;
+mod compare;
 mod conformance;
 mod demo;
+mod events;
 mod explain;
 mod fault;
 mod generate;
@@ -13,6 +15,7 @@ mod ranges;
 mod replay;
 mod seamcall;
 mod slot;
+pub(crate) mod tables;
 mod vm;
 
 use crate::args::{Command, SlotCommand};
@@ -31,6 +34,9 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
     if let Command::Conformance(args) = command {
         return conformance::run(session, args).await;
     }
+    if let Command::Events(args) = command {
+        return events::run(session, args).await;
+    }
     let client = &session.client().await?;
     match command {
         Command::Demo(_) => demo::run(client).await,
@@ -44,6 +50,12 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Convert(args) => ranges::convert(client, args).await,
         Command::PunchHole(args) => ranges::punch_hole(client, args).await,
         Command::Replay(args) => replay::run(session, client, args).await,
+        Command::DirtyLog(command) => tables::dirty_log(client, command).await,
+        Command::Age(args) => tables::age(client, args).await,
+        Command::Zap(args) => tables::zap(client, args).await,
+        Command::ZapFast(args) => tables::zap_fast(client, args).await,
+        Command::Events(args) => events::run(session, args).await,
+        Command::Compare(args) => compare::run(client, args).await,
         Command::Measure(args) => measure::run(client, args).await,
         Command::Bench(args) => bench::run(session, client, args).await,
         Command::Walk(args) => look::walk(client, args).await,

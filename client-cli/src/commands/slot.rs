@@ -1,8 +1,9 @@
 //! `slot`.
 
-use mirror_proto::mmu::{SetUserMemoryRegionRequest, Slot};
+use mirror_proto::mmu::{SetUserMemoryRegionRequest, Slot, VmKind};
 use serde_json::json;
 
+use super::vm;
 use crate::args::{SlotDeleteArgs, SlotSetArgs};
 use crate::client::Client;
 use crate::error::Error;
@@ -25,13 +26,20 @@ pub(super) async fn set(client: &Client, args: &SlotSetArgs) -> Result<Answer, E
             Error::Usage(format!("gpa {:#x} is above the limit of 52 bits", args.gpa))
         })?,
     };
+    let guest_memfd = match args.guest_memfd {
+        Some(given) => given,
+        None => !args.log_dirty && vm::info(client, args.vm).await?.kind() != VmKind::Ordinary,
+    };
     let slot = Slot {
         slot_id: args.slot,
         gpa: args.gpa,
         size: args.size,
         userspace_addr: hva,
-        guest_memfd: args.guest_memfd,
+        guest_memfd,
         read_only: args.read_only,
+        log_dirty: args.log_dirty,
+        host_page_size: args.host_page_size.to_wire().into(),
+        demand_zero: args.demand_zero,
     };
     let tally = change(client, args.vm, slot).await?;
     let mut json = json!({

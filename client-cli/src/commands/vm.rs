@@ -1,13 +1,13 @@
 //! `vm` and `vcpu`.
 
 use mirror_proto::mmu::{
-    CreateVcpuRequest, CreateVmRequest, DestroyVmRequest, FinalizeVmRequest, InitMemRegionRequest,
-    InitVcpuRequest, InitVmRequest, ListVmsRequest, VmInfo,
+    CreateVcpuRequest, CreateVmRequest, DestroyVmRequest, FinalizeVmRequest, HostPageSize,
+    InitMemRegionRequest, InitVcpuRequest, InitVmRequest, ListVmsRequest, VmInfo, VmKind,
 };
 use serde_json::{Value, json};
 use tdx_defs::PAGE_SIZE;
 
-use crate::args::{InitRegionArgs, VcpuCommand, VmCommand, VmCreateArgs};
+use crate::args::{InitRegionArgs, VcpuCommand, VmCommand, VmCreateArgs, VmKindArg};
 use crate::client::Client;
 use crate::error::Error;
 use crate::output::{Answer, Table, hex, merge, pairs};
@@ -35,6 +35,12 @@ async fn create(client: &Client, args: &VmCreateArgs) -> Result<Answer, Error> {
         max_vcpus: args.max_vcpus,
         label: args.label.clone(),
         create_only: args.create_only,
+        kind: args.kind.to_wire().into(),
+        eager_page_split: Some(args.eager_page_split),
+        dirty_log: args.dirty_log.to_wire().into(),
+        pml: args.pml,
+        nx_huge_pages: args.nx_huge_pages,
+        slot_zap_all: args.slot_zap_all,
     };
     let vm = client
         .short("CreateVm", message, async |mut mmu, request| {
@@ -47,12 +53,14 @@ async fn create(client: &Client, args: &VmCreateArgs) -> Result<Answer, Error> {
         "tdr": hex(vm.tdr),
         "mode": args.mode.name(),
         "gpaw": args.gpaw,
+        "kind": kind_name(args.kind.to_wire()),
     });
     merge(&mut json, Tally::of(vm.counts.as_ref()).to_json());
-    Ok(Answer::new(
-        json,
-        format!("vm {} (key id {}, TDR {:#x})", vm.vm_id, vm.hkid, vm.tdr),
-    ))
+    let text = match args.kind {
+        VmKindArg::Td => format!("vm {} (key id {}, TDR {:#x})", vm.vm_id, vm.hkid, vm.tdr),
+        VmKindArg::Ordinary => format!("vm {}", vm.vm_id),
+    };
+    Ok(Answer::new(json, text))
 }
 
 async fn init(client: &Client, vm_id: u64) -> Result<Answer, Error> {
@@ -121,6 +129,7 @@ async fn show(client: &Client, vm_id: u64) -> Result<Answer, Error> {
         ("vm", vm.vm_id.to_string()),
         ("label", vm.label.clone()),
         ("state", vm.state.clone()),
+        ("kind", kind_name(vm.kind()).to_owned()),
         ("mode", mode(&vm).to_owned()),
         ("address width", format!("{} bits", vm.gpaw)),
         ("vcpus", vm.vcpus.to_string()),
@@ -135,7 +144,16 @@ async fn show(client: &Client, vm_id: u64) -> Result<Answer, Error> {
     if !vm.reason.is_empty() {
         rows.insert(3, ("reason", vm.reason.clone()));
     }
-    let mut slots = Table::new(&[">slot", ">gpa", ">size", ">hva", "guest_memfd", "read only"]);
+    let mut slots = Table::new(&[
+        ">slot",
+        ">gpa",
+        ">size",
+        ">hva",
+        "guest_memfd",
+        "read only",
+        "log dirty",
+        ">host pages",
+    ]);
     for slot in &vm.slots {
         slots.row([
             slot.slot_id.to_string(),
@@ -144,6 +162,8 @@ async fn show(client: &Client, vm_id: u64) -> Result<Answer, Error> {
             hex(slot.userspace_addr),
             slot.guest_memfd.to_string(),
             slot.read_only.to_string(),
+            slot.log_dirty.to_string(),
+            page_size_name(slot.host_page_size()).to_owned(),
         ]);
     }
     Ok(Answer::new(
@@ -273,6 +293,23 @@ async fn add_vcpus(
     Ok(Answer::new(json, format!("vcpu {}", names.join(", "))))
 }
 
+fn page_size_name(size: HostPageSize) -> &'static str {
+    match size {
+        HostPageSize::Unspecified => "",
+        HostPageSize::HostPageSize4k => "4K",
+        HostPageSize::HostPageSize2m => "2M",
+        HostPageSize::HostPageSize1g => "1G",
+    }
+}
+
+fn kind_name(kind: VmKind) -> &'static str {
+    match kind {
+        VmKind::Td => "td",
+        VmKind::Ordinary => "ordinary",
+        VmKind::Unspecified => "",
+    }
+}
+
 fn mode(vm: &VmInfo) -> &'static str {
     match vm.mode() {
         mirror_proto::mmu::Mode::Kernel => "kernel",
@@ -293,6 +330,9 @@ fn vm_json(vm: &VmInfo) -> Value {
                 "userspace_addr": hex(slot.userspace_addr),
                 "guest_memfd": slot.guest_memfd,
                 "read_only": slot.read_only,
+                "log_dirty": slot.log_dirty,
+                "host_page_size": page_size_name(slot.host_page_size()),
+                "demand_zero": slot.demand_zero,
             })
         })
         .collect();
@@ -301,6 +341,7 @@ fn vm_json(vm: &VmInfo) -> Value {
         "label": vm.label,
         "gpaw": vm.gpaw,
         "mode": mode(vm),
+        "kind": kind_name(vm.kind()),
         "state": vm.state,
         "reason": vm.reason,
         "vcpus": vm.vcpus,

@@ -164,6 +164,7 @@ impl MmuService for Service {
     type PreFaultMemoryStream = Answers<PreFaultMemoryResponse>;
     type DumpTreeStream = Answers<DumpTreeResponse>;
     type AuditStream = Answers<AuditResponse>;
+    type WatchEventsStream = Answers<WatchEventsResponse>;
 
     async fn create_vm(
         &self,
@@ -242,5 +243,18 @@ impl MmuService for Service {
         dump_tree: DumpTreeRequest => Self::DumpTreeStream;
         audit: AuditRequest => Self::AuditStream;
         get_stats: GetStatsRequest => GetStatsResponse;
+        set_dirty_log: SetDirtyLogRequest => SetDirtyLogResponse;
+        get_dirty_log: GetDirtyLogRequest => GetDirtyLogResponse;
+        clear_dirty_log: ClearDirtyLogRequest => ClearDirtyLogResponse;
+        age_range: AgeRangeRequest => AgeRangeResponse;
+        touch_memory: TouchMemoryRequest => TouchMemoryResponse;
+        zap_all_fast: ZapAllFastRequest => ZapAllFastResponse;
+        zap_all: ZapAllRequest => ZapAllResponse;
+        zap_range: ZapRangeRequest => ZapRangeResponse;
+        write_protect: WriteProtectRequest => WriteProtectResponse;
+        change_host_mapping: ChangeHostMappingRequest => ChangeHostMappingResponse;
+        set_nx_huge_pages: SetNxHugePagesRequest => SetNxHugePagesResponse;
+        recover_nx_huge_pages: RecoverNxHugePagesRequest => RecoverNxHugePagesResponse;
+        watch_events: WatchEventsRequest => Self::WatchEventsStream;
     }
 }

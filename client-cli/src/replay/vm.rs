@@ -91,7 +91,7 @@ impl TdVm {
                 size: slot.range.size(),
                 userspace_addr: plan.hva.base.wrapping_add(slot.range.start),
                 guest_memfd: true,
-                read_only: false,
+                ..Default::default()
             };
             let message = SetUserMemoryRegionRequest {
                 vm_id,

@@ -17,6 +17,13 @@ const ALLOWED: u64 = ALLOWED_READ | ALLOWED_WRITE | ALLOWED_FETCH;
 const PFERR_PRESENT: u64 = 1 << 0;
 const PFERR_WRITE: u64 = 1 << 1;
 const PFERR_FETCH: u64 = 1 << 4;
+const PFERR_GUEST_FINAL: u64 = 1 << 32;
+const PFERR_GUEST_PAGE: u64 = 1 << 33;
+
+/// The linear address is valid.
+const LINEAR_VALID: u64 = 1 << 7;
+/// The access was to its translation, not to the guest's tables.
+const LINEAR_ACCESS: u64 = 1 << 8;
 
 /// Exit qualification bits 5:0 of an access with this `error_code`: bits 2:0 say what was tried,
 /// bits 5:3 what the entry allowed.
@@ -32,6 +39,24 @@ pub fn qualification(error_code: u64) -> u64 {
         return from_page_fault_code(error_code);
     }
     error_code & (ACCESS | ALLOWED)
+}
+
+/// The whole exit qualification of the same access: that the entry was present where the code does
+/// not say what it allowed (bit 3), and which part of the guest's walk it was (bits 8:7).
+pub fn exit_qualification(error_code: u64) -> u64 {
+    if error_code >> 32 == 0 && error_code & ACCESS != 0 {
+        return error_code & 0x1FF;
+    }
+    let present = match error_code & PFERR_PRESENT {
+        0 => 0,
+        _ => ALLOWED_READ,
+    };
+    let walk = match error_code {
+        code if code & PFERR_GUEST_FINAL != 0 => LINEAR_VALID | LINEAR_ACCESS,
+        code if code & PFERR_GUEST_PAGE != 0 => LINEAR_VALID,
+        _ => 0,
+    };
+    from_page_fault_code(error_code) & ACCESS | present | walk
 }
 
 /// The same access to memory that is shared with the host.
@@ -71,6 +96,21 @@ mod tests {
             ("write", WRITE | ALLOWED_READ, WRITE | ALLOWED_READ),
         ] {
             assert_eq!(as_shared(qualification), want, "{case}");
+        }
+    }
+
+    #[test]
+    fn an_exit_qualification_keeps_presence_and_walk() {
+        for (error_code, want) in [
+            (0x1_0000_0006, WRITE | LINEAR_VALID | LINEAR_ACCESS),
+            (0x2_0000_0006, WRITE | LINEAR_VALID),
+            (0x1_0000_0007, WRITE | ALLOWED_READ | 0x180),
+            (0x1_0000_000D, READ | ALLOWED_READ | 0x180),
+            (0x1_0000_0014, FETCH | 0x180),
+            (0xf9a, 0x19a),
+            (0x2, WRITE),
+        ] {
+            assert_eq!(exit_qualification(error_code), want, "{error_code:#x}");
         }
     }
 

@@ -8,14 +8,14 @@ use super::vcpus::MAX_VCPU_ID;
 
 /// The fields that are used; rip is checked and dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct FaultPayload {
-    pub(super) vcpu: Option<u32>,
-    pub(super) address: u64,
-    pub(super) error_code: u64,
+pub(crate) struct FaultPayload {
+    pub(crate) vcpu: Option<u32>,
+    pub(crate) address: u64,
+    pub(crate) error_code: u64,
 }
 
 /// `[vcpu N] [rip X] address X error_code X`, then anything behind a comma or a space.
-pub(super) fn parse(payload: &str) -> Result<FaultPayload, LineError> {
+pub(crate) fn parse(payload: &str) -> Result<FaultPayload, LineError> {
     let mut words = payload.split_ascii_whitespace();
     let mut vcpu = None;
     let mut address = None;
@@ -74,7 +74,7 @@ fn value<'a>(
 }
 
 /// A hexadecimal number, whether or not `0x` stands in front.
-pub(super) fn hex(field: &'static str, number: &str) -> Result<u64, LineError> {
+pub(crate) fn hex(field: &'static str, number: &str) -> Result<u64, LineError> {
     let digits = number.strip_prefix("0x").unwrap_or(number);
     // from_str_radix would take a sign.
     if !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {

@@ -15,14 +15,17 @@
 
 mod error_code;
 mod fault;
+pub mod ftrace;
 mod input;
 mod lines;
 mod prefix;
+pub(crate) mod raw;
 mod reader;
 mod unmap;
 mod vcpus;
 
-pub use error_code::{as_shared, qualification};
+pub use error_code::{as_shared, exit_qualification, qualification};
+pub(crate) use fault::{hex, parse as parse_fault};
 pub(crate) use input::unpack;
 pub use input::{Input, InputError, open};
 pub use lines::MAX_LINE_BYTES;

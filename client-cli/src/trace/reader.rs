@@ -308,7 +308,7 @@ fn was_folded(columns: usize, text: &str) -> bool {
 
 /// Events that a line says are lost: `CPU:3 [LOST 117 EVENTS]` of tracefs, `CPU:3 [117 EVENTS
 /// DROPPED]` of trace-cmd, and what was overwritten before the file was read, from its header.
-fn lost_events(text: &str) -> Option<u64> {
+pub(super) fn lost_events(text: &str) -> Option<u64> {
     let text = text.trim();
     if let Some(counts) = text.strip_prefix("# entries-in-buffer/entries-written:") {
         let (kept, written) = counts.split_ascii_whitespace().next()?.split_once('/')?;
@@ -330,7 +330,7 @@ fn lost_events(text: &str) -> Option<u64> {
 }
 
 /// Comments, empty lines, and what trace-cmd prints above the events.
-fn is_header(text: &str) -> bool {
+pub(super) fn is_header(text: &str) -> bool {
     let text = text.trim();
     let cpu_is_empty = || {
         let cpu = text

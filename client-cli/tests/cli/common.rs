@@ -138,23 +138,23 @@ impl Services {
         std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
     }
 
+    /// `mmuctl` with these services.
+    pub(crate) fn command(&self, line: &str) -> Command {
+        let mut command = mmuctl();
+        command.envs(self.environment.iter().cloned());
+        command.args(line.split_whitespace());
+        command.args(["--mmu", &self.url("mmu"), "--module", &self.url("module")]);
+        command
+    }
+
     /// Runs `mmuctl` with these services and JSON output.
     pub(crate) fn run(&self, line: &str) -> Run {
-        self.run_with(line, "json")
+        finish(self.command(line).args(["--output", "json"]))
     }
 
     /// The same with tables.
     pub(crate) fn run_table(&self, line: &str) -> Run {
-        self.run_with(line, "table")
-    }
-
-    fn run_with(&self, line: &str, format: &str) -> Run {
-        let mut command = mmuctl();
-        command.envs(self.environment.iter().cloned());
-        command.args(line.split_whitespace());
-        command.args(["--output", format]);
-        command.args(["--mmu", &self.url("mmu"), "--module", &self.url("module")]);
-        finish(&mut command)
+        finish(self.command(line).args(["--output", "table"]))
     }
 
     /// The same, for commands that must succeed.

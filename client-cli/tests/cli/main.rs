@@ -3,9 +3,11 @@
 mod bench;
 mod commands;
 mod common;
+mod compare;
 mod conformance;
 mod guest;
 mod leftovers;
 mod measure;
 mod replay;
+mod tables;
 mod trace;

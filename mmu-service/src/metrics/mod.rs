@@ -337,6 +337,11 @@ costs! {
     Counts: this => Some(this);
     (Counts, u64): this => Some(&this.0);
     (u32, Counts): this => Some(&this.1);
+    (Vec<u64>, Counts): this => Some(&this.1);
+    u32: _this => None;
+    bool: _this => None;
+    (bool, Counts): this => Some(&this.1);
+    (): _this => None;
     ([u8; 48], Counts): this => Some(&this.1);
     FaultReport: this => Some(&this.counts);
     FaultsReport: this => Some(&this.counts);

@@ -283,7 +283,10 @@ pub(super) fn pre_fault_memory(
     );
     let metrics = Arc::clone(&shell.metrics);
     Ok(answer(shell, entry, span, move |vm, pieces| {
+        // Less than asked where the range leaves the slots behind its first pages.
+        let mut last = 0;
         let counts = vm.pre_fault_memory(vcpu_id, gpa, size, &mut |done| {
+            last = done;
             pieces.progress(wire::PreFaultMemoryResponse {
                 done,
                 counts: None,
@@ -293,7 +296,7 @@ pub(super) fn pre_fault_memory(
         metrics.did(&counts);
         let counts = Some(counts_to_wire(&counts));
         Ok(Some(wire::PreFaultMemoryResponse {
-            done: size,
+            done: last,
             counts,
             finished: true,
         }))

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mirror_proto::{InvalidField, mmu as wire};
-use tdp_mmu::{Counts, Vm, VmConfig};
+use tdp_mmu::{Counts, Vm, VmConfig, VmKind};
 use tdx_defs::{GpaLayout, TdAttributes};
 use tonic::Status;
 use tracing::info_span;
 
 use crate::convert::{
-    counts_to_wire, gpaw_from_wire, hex, mode_from_wire, no_hw_error, vm_info_to_wire,
+    counts_to_wire, dirty_log_from_wire, gpaw_from_wire, hex, kind_from_wire, mode_from_wire,
+    no_hw_error, vm_info_to_wire,
 };
 use crate::registry::VmEntry;
 use crate::shell::Shell;
@@ -32,7 +33,8 @@ pub(super) async fn create_vm(
     request: wire::CreateVmRequest,
 ) -> Result<wire::CreateVmResponse, Status> {
     let config = vm_config(&request).map_err(status::of_field)?;
-    let init = !request.create_only;
+    // There is nothing to tell a module about an ordinary VM.
+    let init = !request.create_only && config.kind == VmKind::Td;
     let (entry, counts) = match build_vm(shell, &config, init, &request.label).await? {
         Built::Vm(entry, counts) => (entry, counts),
         // The module restarted meanwhile, and nothing was lost but this attempt.
@@ -118,7 +120,32 @@ fn vm_config(request: &wire::CreateVmRequest) -> Result<VmConfig, InvalidField> 
                 InvalidField::new("max_vcpus", format!("{given} is outside 1..={MAX_VCPUS}"))
             })?,
     };
+    let kind = kind_from_wire(request.kind)?;
+    let only_of =
+        |other: VmKind, given: bool, field: &str, whose: &str| match given && kind != other {
+            true => Err(InvalidField::new(field, format!("only {whose} has it"))),
+            false => Ok(()),
+        };
+    for (given, field) in [
+        (request.attributes.is_some(), "attributes"),
+        (request.xfam != 0, "xfam"),
+        (request.create_only, "create_only"),
+    ] {
+        only_of(VmKind::Td, given, field, "a TD")?;
+    }
+    for (given, field) in [
+        (request.pml, "pml"),
+        (request.slot_zap_all == Some(true), "slot_zap_all"),
+    ] {
+        only_of(VmKind::Ordinary, given, field, "an ordinary VM")?;
+    }
     Ok(VmConfig {
+        kind,
+        eager_page_split: request.eager_page_split.unwrap_or(true),
+        dirty_log: dirty_log_from_wire(request.dirty_log)?,
+        pml: request.pml,
+        nx_huge_pages: request.nx_huge_pages,
+        slot_zap_all: request.slot_zap_all.unwrap_or(true),
         gpaw: gpaw_from_wire(request.gpaw)?,
         mode: mode_from_wire(request.mode)?,
         attributes: request.attributes.map_or(
@@ -131,7 +158,6 @@ fn vm_config(request: &wire::CreateVmRequest) -> Result<VmConfig, InvalidField> 
             request.xfam
         },
         max_vcpus,
-        ..VmConfig::default()
     })
 }
 
@@ -173,6 +199,8 @@ pub(super) async fn destroy_vm(
                 Err(_) if entry_there.lost().is_some() => (Counts::default(), 0),
                 Err(error) => return Err(status::of_vm(&error)),
             };
+            entry_there.events.collect(&entry_there.vm);
+            entry_there.events.close();
             // Of two callers at a time one has destroyed it; for the other it is gone.
             if !shell_there.vms.remove(entry_there.id) {
                 return Err(status::unknown_vm(entry_there.id));

@@ -113,11 +113,13 @@ pub(super) async fn get_stats(
     };
     let span = info_span!("get_stats", kvm.vm = request.vm_id);
     let shell_there = Arc::clone(shell);
-    let (stats, vms) = if request.vm_id == 0 {
-        shell.run(span, move || totals(&shell_there)).await?
+    let (stats, vms, last_event) = if request.vm_id == 0 {
+        let (stats, vms) = shell.run(span, move || totals(&shell_there)).await?;
+        (stats, vms, 0)
     } else {
         let entry = shell.vms.get(request.vm_id)?;
-        (shell.operate(&entry, span, |vm| Ok(vm.stats())).await?, 1)
+        let stats = shell.operate(&entry, span, |vm| Ok(vm.stats())).await?;
+        (stats, 1, entry.events.last())
     };
     Ok(wire::GetStatsResponse {
         counts: Some(counts_to_wire(&stats.counts)),
@@ -129,6 +131,8 @@ pub(super) async fn get_stats(
         host_pages_in_use,
         page_table_bytes: stats.page_table_bytes,
         module_instance,
+        nx_lpage_splits: stats.nx_lpage_splits,
+        last_event,
     })
 }
 
@@ -147,6 +151,7 @@ fn totals(shell: &Shell) -> (Stats, u64) {
         all.pages_1g += one.pages_1g;
         all.remote_tlb_flush_requests += one.remote_tlb_flush_requests;
         all.page_table_bytes += one.page_table_bytes;
+        all.nx_lpage_splits += one.nx_lpage_splits;
         vms += 1;
     }
     (all, vms)

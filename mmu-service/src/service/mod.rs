@@ -1,12 +1,14 @@
 //! The RPCs of kvm.mmu.v1.MmuService, by group. A handler converts, has the core work on a thread
 //! of its own, and converts back.
 
+mod events;
 pub(crate) mod faults;
 mod lifecycle;
 pub(crate) mod look;
 pub(crate) mod memory;
 mod run;
 mod stream;
+mod tables;
 mod traced;
 
 use std::sync::Arc;
@@ -107,6 +109,15 @@ macro_rules! mmu_service {
             ) -> Result<Response<Self::AuditStream>, Status> {
                 self.answered(look::audit(&self.0, request.into_inner()))
             }
+
+            type WatchEventsStream = Answers<wire::WatchEventsResponse>;
+
+            async fn watch_events(
+                &self,
+                request: Request<wire::WatchEventsRequest>,
+            ) -> Result<Response<Self::WatchEventsStream>, Status> {
+                self.answered(events::watch_events(&self.0, request.into_inner()))
+            }
         }
     };
 }
@@ -126,4 +137,16 @@ mmu_service! {
     unmap_hva: UnmapHvaRequest => UnmapHvaResponse, memory;
     get_walk: GetWalkRequest => GetWalkResponse, look;
     get_stats: GetStatsRequest => GetStatsResponse, look;
+    set_dirty_log: SetDirtyLogRequest => SetDirtyLogResponse, tables;
+    get_dirty_log: GetDirtyLogRequest => GetDirtyLogResponse, tables;
+    clear_dirty_log: ClearDirtyLogRequest => ClearDirtyLogResponse, tables;
+    age_range: AgeRangeRequest => AgeRangeResponse, tables;
+    touch_memory: TouchMemoryRequest => TouchMemoryResponse, tables;
+    zap_all_fast: ZapAllFastRequest => ZapAllFastResponse, tables;
+    zap_all: ZapAllRequest => ZapAllResponse, tables;
+    zap_range: ZapRangeRequest => ZapRangeResponse, tables;
+    write_protect: WriteProtectRequest => WriteProtectResponse, tables;
+    change_host_mapping: ChangeHostMappingRequest => ChangeHostMappingResponse, tables;
+    set_nx_huge_pages: SetNxHugePagesRequest => SetNxHugePagesResponse, tables;
+    recover_nx_huge_pages: RecoverNxHugePagesRequest => RecoverNxHugePagesResponse, tables;
 }

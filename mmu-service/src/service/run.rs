@@ -79,7 +79,12 @@ async fn run(
         .collect::<Result<Vec<_>, _>>()
         .map_err(status::of_field)?;
     let entry = shell.live_vm(vm_id)?;
-    let span = info_span!("run_vcpu", vm = vm_id, vcpu = vcpu_id, ops = ops.len());
+    let span = info_span!(
+        "run_vcpu",
+        kvm.vm = vm_id,
+        kvm.vcpu = vcpu_id,
+        ops = ops.len()
+    );
     let mut mine = line
         .take()
         .filter(|line| line.leads_to(&entry.attachment))

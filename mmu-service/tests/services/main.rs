@@ -15,3 +15,5 @@ mod run;
 mod stack;
 mod surface;
 mod table;
+mod tables;
+mod watch;

@@ -25,7 +25,7 @@ async fn slots_that_cannot_be_are_refused() {
         size: MIB,
         userspace_addr: 0x7e00_0000_0000,
         guest_memfd: true,
-        read_only: false,
+        ..Default::default()
     };
     for (case, slot, code) in [
         (

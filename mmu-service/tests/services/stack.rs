@@ -259,6 +259,28 @@ impl Stack {
         vm_id
     }
 
+    /// An ordinary VM with one vCPU, and otherwise as `request` says.
+    pub(crate) async fn ordinary(&mut self, request: wire::CreateVmRequest) -> u64 {
+        let request = wire::CreateVmRequest {
+            kind: wire::VmKind::Ordinary.into(),
+            ..request
+        };
+        let vm_id = self.client.create_vm(request).await.unwrap();
+        let vm_id = vm_id.into_inner().vm_id;
+        let vcpu = wire::CreateVcpuRequest {
+            vm_id,
+            create_only: false,
+        };
+        self.client.create_vcpu(vcpu).await.unwrap();
+        vm_id
+    }
+
+    pub(crate) async fn set_slot(&mut self, vm_id: u64, slot: Slot) -> Result<(), Status> {
+        let slot = Some(slot);
+        let request = wire::SetUserMemoryRegionRequest { vm_id, slot };
+        self.client.set_user_memory_region(request).await.map(drop)
+    }
+
     /// [`Self::vm`], finalised.
     pub(crate) async fn running_vm(&mut self, mode: wire::Mode, vcpus: u32, size: u64) -> u64 {
         let vm_id = self.vm(mode, vcpus, size).await;
@@ -389,7 +411,7 @@ pub(crate) fn region(vm_id: u64, gpa: u64, size: u64) -> wire::SetUserMemoryRegi
         size,
         userspace_addr: 0x7f00_0000_0000,
         guest_memfd: true,
-        read_only: false,
+        ..Default::default()
     };
     wire::SetUserMemoryRegionRequest {
         vm_id,

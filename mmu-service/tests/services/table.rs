@@ -38,6 +38,27 @@ impl Table {
         Self { stack, vm, state }
     }
 
+    /// The same over an ordinary VM with two slots of user memory, the second with a dirty log, and
+    /// some pages.
+    pub(crate) async fn ordinary() -> Self {
+        let mut stack = Stack::start().await;
+        let vm = stack.ordinary(wire::CreateVmRequest::default()).await;
+        for (slot_id, gpa, log_dirty) in [(0, 0, false), (1, 1 << 30, true)] {
+            let slot = wire::Slot {
+                slot_id,
+                gpa,
+                size: SIZE,
+                userspace_addr: 0x7f00_0000_0000 + gpa,
+                log_dirty,
+                ..Default::default()
+            };
+            stack.set_slot(vm, slot).await.unwrap();
+            stack.prefault(vm, gpa, 4 * PAGE).await.unwrap();
+        }
+        let state = state(&mut stack).await;
+        Self { stack, vm, state }
+    }
+
     /// A refusal with this code, which blames this field.
     pub(crate) async fn check(
         &mut self,

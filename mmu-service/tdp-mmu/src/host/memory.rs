@@ -31,6 +31,8 @@ struct State {
     /// Single pages: what is left of split blocks, and pages given back.
     pages: Vec<u64>,
     in_use: u64,
+    /// The page of zeroes, and how many have it.
+    zero: Option<(Pfn, u64)>,
 }
 
 impl HostMemory {
@@ -43,6 +45,7 @@ impl HostMemory {
             blocks: Vec::new(),
             pages: Vec::new(),
             in_use: 0,
+            zero: None,
         };
         Self {
             state: Mutex::new(state),
@@ -59,6 +62,44 @@ impl HostMemory {
         let page = state.pages.pop()?;
         state.in_use += 1;
         Some(Pfn::new(page))
+    }
+
+    /// The page of zeroes that the whole host shares; there while somebody has it.
+    pub(crate) fn zero_page(&self) -> Option<Pfn> {
+        if let Some((page, users)) = &mut lock(&self.state).zero {
+            *users += 1;
+            return Some(*page);
+        }
+        let page = self.page()?;
+        let mut state = lock(&self.state);
+        let (zero, users) = state.zero.get_or_insert((page, 0));
+        *users += 1;
+        let zero = *zero;
+        drop(state);
+        if zero != page {
+            // Somebody else was first.
+            self.free_page(page);
+        }
+        Some(zero)
+    }
+
+    /// One user fewer.
+    pub(crate) fn put_zero_page(&self) {
+        let mut state = lock(&self.state);
+        let unused = match &mut state.zero {
+            Some((page, users)) => {
+                *users -= 1;
+                (*users == 0).then_some(*page)
+            }
+            None => None,
+        };
+        if unused.is_some() {
+            state.zero = None;
+        }
+        drop(state);
+        if let Some(page) = unused {
+            self.free_page(page);
+        }
     }
 
     /// Several pages, or none.

@@ -58,6 +58,11 @@ pub enum HostChange {
     NoAccess,
     /// Maps the range with pages of another size, where alignment allows it.
     PageSize(HostPageSize),
+    /// Somebody else has the pages that are there, too: a write gets a copy first (fork).
+    Share,
+    /// The host itself writes: absent pages come, shared ones and the zero page become pages of
+    /// the VM's own.
+    Write,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,6 +119,8 @@ struct State {
     /// Pages where the zero page is mapped.
     zeroes: BTreeSet<u64>,
     zero_page: Option<Pfn>,
+    /// Pages that somebody else has, too.
+    shared: BTreeSet<u64>,
 }
 
 /// The memory behind `pages` pages of address space from page `first` on.
@@ -149,6 +156,7 @@ impl UserMemory {
                 gigas: BTreeMap::new(),
                 zeroes: BTreeSet::new(),
                 zero_page: None,
+                shared: BTreeSet::new(),
             }),
             range,
         }
@@ -168,7 +176,14 @@ impl UserMemory {
         }
         let writable = attr.rights == Rights::Write;
         if let Some(pfn) = state.present(page) {
-            return Ok(HostPage { pfn, writable });
+            let shared = state.shared.contains(&page);
+            return match write && shared {
+                true => Err(NoHostPage::CopyOnWrite),
+                false => Ok(HostPage {
+                    pfn,
+                    writable: writable && !shared,
+                }),
+            };
         }
         if state.zeroes.contains(&page) {
             return match write {
@@ -189,6 +204,10 @@ impl UserMemory {
     pub(crate) fn copy(&self, offset: u64) -> Result<(), NoHostPage> {
         let page = self.range.start + offset;
         let mut state = lock(&self.state);
+        if state.shared.remove(&page) {
+            // Model: the copy takes the page's place; the other one that has it is not modelled.
+            return Ok(());
+        }
         state.populate(&self.host, page, Level::L4K)?;
         state.zeroes.remove(&page);
         Ok(())
@@ -219,11 +238,11 @@ impl UserMemory {
             let whole = first >= run.start && first + level.pages() <= run.end;
             // A zero page in the middle keeps the host from a huge page, and so do small pages
             // that were there before it could have one.
-            let clean = state
-                .zeroes
-                .range(first..first + level.pages())
-                .next()
-                .is_none();
+            let in_level = first..first + level.pages();
+            let shared = state.shared.range(in_level.clone()).count() as u64;
+            // So does a page that was copied amid others that are still shared.
+            let clean = state.zeroes.range(in_level).next().is_none()
+                && (shared == 0 || shared == level.pages());
             let backed = level == Level::L2M
                 || state.gigas.contains_key(&first)
                 || state
@@ -249,8 +268,17 @@ impl UserMemory {
         if let HostChange::PageSize(size) = change {
             self.largest.fetch_max(size.level().get(), Ordering::AcqRel);
         }
+        match change {
+            HostChange::Share => {
+                let there = state.pages_there(pages);
+                state.shared.extend(there);
+                return;
+            }
+            HostChange::Write => return self.write(&mut state, pages),
+            _ => {}
+        }
         let set = |attr: &mut Attr| match change {
-            HostChange::Drop => {}
+            HostChange::Drop | HostChange::Share | HostChange::Write => {}
             HostChange::DropToZero => attr.zero = true,
             HostChange::ReadOnly => attr.rights = Rights::Read,
             HostChange::ReadWrite => attr.rights = Rights::Write,
@@ -262,6 +290,21 @@ impl UserMemory {
             state.drop_pages(&self.host, pages);
         }
     }
+
+    fn write(&self, state: &mut State, pages: Range<u64>) {
+        for set in [&mut state.zeroes, &mut state.shared] {
+            set.retain(|page| !pages.contains(page));
+        }
+        let mut page = pages.start;
+        while page < pages.end {
+            let level = self.mapping(state, page);
+            // Without memory the rest stays as it is, and comes when somebody touches it.
+            if state.present(page).is_none() && state.populate(&self.host, page, level).is_err() {
+                return;
+            }
+            page += level.pages() - page % level.pages();
+        }
+    }
 }
 
 impl Drop for UserMemory {
@@ -269,8 +312,8 @@ impl Drop for UserMemory {
         let mut state = lock(&self.state);
         let all = self.range.clone();
         state.drop_pages(&self.host, all);
-        if let Some(page) = state.zero_page.take() {
-            self.host.memory.free_page(page);
+        if state.zero_page.take().is_some() {
+            self.host.memory.put_zero_page();
         }
     }
 }
@@ -330,7 +373,7 @@ impl State {
     fn zero(&mut self, host: &Host) -> Result<HostPage, NoHostPage> {
         let pfn = match self.zero_page {
             Some(pfn) => pfn,
-            None => host.memory.page().ok_or(NoHostPage::NoMemory)?,
+            None => host.memory.zero_page().ok_or(NoHostPage::NoMemory)?,
         };
         self.zero_page = Some(pfn);
         Ok(HostPage {
@@ -367,10 +410,31 @@ impl State {
         Ok(block.pfn.offset(page - first))
     }
 
+    /// The pages of a range that are there, the zero page not among them.
+    fn pages_there(&self, pages: Range<u64>) -> Vec<u64> {
+        let mut there = Vec::new();
+        let from = pages.start - pages.start % GIGA_PAGES;
+        for &first in self.gigas.range(from..pages.end).map(|(first, _)| first) {
+            there.extend(first.max(pages.start)..(first + GIGA_PAGES).min(pages.end));
+        }
+        let from = pages.start - pages.start % BLOCK_PAGES;
+        for (&first, block) in self.blocks.range(from..pages.end) {
+            let present = (first..).zip(&block.pages).filter(|(_, present)| **present);
+            there.extend(
+                present
+                    .map(|(page, _)| page)
+                    .filter(|page| pages.contains(page)),
+            );
+        }
+        there
+    }
+
     fn drop_pages(&mut self, host: &Host, pages: Range<u64>) {
-        let zeroes: Vec<u64> = self.zeroes.range(pages.clone()).copied().collect();
-        for page in zeroes {
-            self.zeroes.remove(&page);
+        for set in [&mut self.zeroes, &mut self.shared] {
+            let gone: Vec<u64> = set.range(pages.clone()).copied().collect();
+            for page in gone {
+                set.remove(&page);
+            }
         }
         let from = pages.start - pages.start % GIGA_PAGES;
         let gigas: Vec<u64> = self
@@ -455,6 +519,40 @@ mod tests {
         assert_eq!(memory.get(7, true), Err(NoHostPage::Fault));
         memory.change(FIRST + 7..FIRST + 8, HostChange::ReadWrite);
         assert_eq!(memory.level(5), Level::L2M);
+    }
+
+    #[test]
+    fn a_page_that_somebody_else_has_is_copied_before_a_write() {
+        for size in [HostPageSize::Size4K, HostPageSize::Size2M] {
+            let (_host, memory) = memory(0x400, size, false);
+            memory.change(FIRST..FIRST + 0x200, HostChange::Write);
+            memory.change(FIRST..FIRST + 0x200, HostChange::Share);
+            assert!(!memory.get(5, false).unwrap().writable, "{size:?}");
+            assert_eq!(memory.level(5), size.level(), "still one page");
+            assert_eq!(memory.get(5, true), Err(NoHostPage::CopyOnWrite));
+            memory.copy(5).unwrap();
+            assert!(memory.get(5, true).unwrap().writable, "{size:?}");
+            assert_eq!(memory.level(6), Level::L4K, "the copy takes it apart");
+            assert!(memory.get(0x205, true).unwrap().writable, "nothing shared");
+            memory.change(FIRST..FIRST + 0x200, HostChange::Drop);
+            assert!(memory.get(6, true).unwrap().writable, "a new page");
+            memory.change(FIRST..FIRST + 0x200, HostChange::Share);
+            memory.change(FIRST..FIRST + 0x200, HostChange::Write);
+            assert!(memory.get(6, true).unwrap().writable, "the host copied it");
+        }
+    }
+
+    #[test]
+    fn the_host_has_one_zero_page_for_all() {
+        let (host, first) = memory(8, HostPageSize::Size4K, true);
+        let second = UserMemory::new(Arc::clone(&host), 0, 8, HostPageSize::Size4K, true);
+        let page = first.get(1, false).unwrap();
+        assert_eq!(second.get(2, false), Ok(page));
+        assert_eq!(host.pages_in_use(), 1);
+        drop(first);
+        assert_eq!(second.get(3, false), Ok(page));
+        drop(second);
+        assert_eq!(host.pages_in_use(), 0);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::{RootInfo, Vm};
 use crate::counts::Counts;
 use crate::error::VmError;
 use crate::mmu::lock::WriteGuard;
-use crate::mmu::roots::RootTypes;
+use crate::mmu::roots::{Filter, RootTypes};
 use crate::sync::atomic::Ordering;
 use crate::sync::lock;
 use crate::trace::Event;
@@ -61,6 +61,19 @@ impl Vm {
         for root in self.mmu.roots(RootTypes::DIRECT.with(RootTypes::INVALID)) {
             self.mmu.zap_root(&held, root, &mut Vec::new());
         }
+    }
+
+    /// kvm_zap_gfn_range: the shared mappings of a range of frames go. `gpa` and `size` are bytes,
+    /// page aligned, without the SHARED bit.
+    pub fn zap_range(&self, gpa: u64, size: u64) -> Result<Counts, VmError> {
+        let _slots = lock(&self.slots_lock);
+        self.alive()?;
+        let gfns = self.page_range(("gpa", "size"), gpa, size)?;
+        let mut seam = self.seam(0);
+        let zapped = self.zap_ranges(&mut seam, &[gfns], Filter::SHARED, || {});
+        let counts = self.finish(seam);
+        zapped?;
+        Ok(counts)
     }
 
     /// Whether huge leaves may be executable from now on (kvm.nx_huge_pages). Existing mappings
