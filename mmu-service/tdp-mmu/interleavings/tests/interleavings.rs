@@ -281,13 +281,19 @@ fn a_fault_during_the_end_of_the_vm_is_mapped_before_it_or_refused() {
 }
 
 #[test]
-fn two_conversions_take_each_page_once() {
+fn c18_two_conversions_take_each_page_once() {
     explore(|mode| {
         let world = World::new(mode).mapped(0..6);
         let other = world.spawn(|vm| convert(vm, 2..6, 0));
         convert(&world.vm, 0..4, 0);
         other.join().unwrap();
-        assert_eq!(world.calls(Leaf::MEM_PAGE_REMOVE), 6);
+        for leaf in [
+            Leaf::MEM_RANGE_BLOCK,
+            Leaf::MEM_PAGE_REMOVE,
+            Leaf::PHYMEM_PAGE_WBINVD,
+        ] {
+            assert_eq!(world.calls(leaf), 6, "{leaf}");
+        }
         assert_eq!(world.vm.info().pages_4k, 0);
         world.end();
     });

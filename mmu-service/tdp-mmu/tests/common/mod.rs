@@ -1,6 +1,7 @@
 //! A host, a VM and the real module core in one process, for tests of the public face.
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
+pub(crate) mod gate;
 pub(crate) mod guest;
 pub(crate) mod port;
 pub(crate) mod state;

@@ -347,6 +347,7 @@ impl World {
             ["unload", id] => vm.unload_mmu(number(id)).map(|()| "ok".into()),
             ["finalize"] => vm.finalize().map(|(_, counts)| ok(counts)),
             ["zap-fast"] => vm.zap_all_fast().map(|()| "ok".into()),
+            ["queue-event", id] => vm.queue_event(number(id)).map(|()| "ok".into()),
             ["release"] => vm.release_user_memory().map(|()| "ok".into()),
             ["destroy"] => {
                 let destroyed = vm.destroy().map(|(_, leaked)| match leaked {
