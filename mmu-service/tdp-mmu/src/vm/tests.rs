@@ -211,7 +211,7 @@ fn x03_a_mirror_leaf_made_present_by_force_loses_the_old_page() {
     let held = vm.mmu.lock.write();
     vm.mmu
         .set_spte(&held, &step, GFN, step.spte & !spte::WRITE, &mut ops);
-    vm.carry_out(&mut vm.seam(0), &ops).unwrap();
+    vm.carry_out(&held, &mut vm.seam(0), &ops).unwrap();
     drop(held);
     assert_eq!(checks(&vm), [Check::B11]);
     assert_eq!(leaves(&rig), REMOVAL);
@@ -228,7 +228,7 @@ fn x04_a_private_table_is_not_freed_while_a_key_is_assigned() {
     let held = vm.mmu.lock.write();
     vm.mmu
         .set_spte(&held, &table, Gfn::new(0), spte::NP, &mut ops);
-    vm.carry_out(&mut vm.seam(0), &ops).unwrap();
+    vm.carry_out(&held, &mut vm.seam(0), &ops).unwrap();
     drop(held);
     assert_eq!(checks(&vm), [Check::B31, Check::B14]);
     assert_eq!(leaves(&rig), REMOVAL, "the leaf goes, the table is leaked");
@@ -245,7 +245,7 @@ fn t07_a_leaf_left_behind_the_key_is_a_bug() {
     let mut ops = Vec::new();
     let held = vm.mmu.lock.write();
     vm.mmu.zap_leafs(&held, root, 0..16, u64::MAX, &mut ops);
-    vm.carry_out(&mut vm.seam(0), &ops).unwrap();
+    vm.carry_out(&held, &mut vm.seam(0), &ops).unwrap();
     drop(held);
     assert_eq!(checks(&vm), [Check::B30], "key id {hkid} was gone");
     assert_eq!(leaves(&rig), []);
@@ -254,6 +254,58 @@ fn t07_a_leaf_left_behind_the_key_is_a_bug() {
         spte::NP,
         "the mirror is cleared"
     );
+}
+
+#[test]
+fn b26_a_root_that_somebody_keeps_is_noticed_at_the_end() {
+    let (_rig, vm) = e4(Mode::Batched);
+    let root = vm.mmu.root_of(RootKind::Direct).unwrap();
+    assert!(vm.mmu.get_root(root));
+    vm.destroy().unwrap();
+    assert_eq!(checks(&vm), [Check::B26]);
+    assert!(!vm.bugs().is_bugged(), "WARN, not BUG");
+}
+
+#[test]
+fn b28_the_leaf_hook_wants_a_present_entry_with_all_rights() {
+    let (rig, vm) = e4(Mode::Batched);
+    let traits = LeafTraits {
+        map_writable: true,
+        prefetch: false,
+    };
+    let leaf = spte::leaf_4k(Pfn::new(7), traits);
+    let set = |spte| {
+        [ExternalOp::SetSpte {
+            gfn: GFN,
+            level: Level::L4K,
+            spte,
+        }]
+    };
+    let mut seam = vm.seam(0);
+    assert!(vm.hooks().would_call(&mut seam, &set(leaf)));
+    assert_eq!(checks(&vm), []);
+    for (case, spte) in [
+        ("not writable", leaf & !spte::WRITE),
+        ("not present", leaf & !spte::MMU_PRESENT),
+    ] {
+        assert!(vm.hooks().would_call(&mut seam, &set(spte)), "{case}");
+    }
+    assert_eq!(checks(&vm), [Check::B28, Check::B28]);
+    assert!(!vm.bugs().is_bugged(), "WARN, not BUG");
+    assert_eq!(leaves(&rig), [], "nothing was sent");
+}
+
+#[test]
+fn b35_a_vcpu_that_was_not_flushed_is_not_freed() {
+    let (rig, vm) = e4(Mode::Kernel);
+    // The key goes behind the back of the VM's end, which therefore flushes nobody.
+    vm.td.release_hkid().unwrap();
+    let (_, leaked) = vm.destroy().unwrap();
+    assert_eq!(checks(&vm), [Check::B35]);
+    assert!(vm.bugs().is_bugged());
+    let tdvps = rig.host.platform().tdvps_pages;
+    assert!(leaked >= tdvps as u64, "{leaked} of at least {tdvps}");
+    assert!(!leaves(&rig).contains(&Leaf::VP_FLUSH));
 }
 
 #[test]

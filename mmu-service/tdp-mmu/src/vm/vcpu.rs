@@ -42,6 +42,9 @@ pub(crate) struct Vcpu {
 pub(crate) struct Run {
     /// TDVPR first, then the TDCX pages; none before KVM_TDX_INIT_VCPU.
     pub(crate) pages: Vec<Pfn>,
+    /// Whether a logical processor may hold its state (`vcpu->cpu != -1`): from KVM_TDX_INIT_VCPU
+    /// until it is flushed at the end of the VM.
+    pub(crate) is_associated: bool,
     /// `mmu.root.hpa`.
     pub(crate) root: Option<TableId>,
     /// `mmu.mirror_root_hpa`.
@@ -60,6 +63,7 @@ impl Run {
     /// The vCPU has been through KVM_TDX_INIT_VCPU.
     fn became_known(&mut self, pages: Vec<Pfn>) {
         self.pages = pages;
+        self.is_associated = true;
     }
 
     /// Whether the vCPU has been through KVM_TDX_INIT_VCPU.
@@ -136,6 +140,7 @@ impl Vm {
         let id = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
         let run = Run {
             pages: Vec::new(),
+            is_associated: false,
             root: None,
             mirror_root: None,
             counts: Counts::default(),
