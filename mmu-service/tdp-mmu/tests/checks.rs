@@ -76,7 +76,7 @@ fn functions_and_tests_of_the_rows_are_there() {
     let mut tests = String::new();
     sources(here().join("src"), &mut tests);
     sources(here().join("tests"), &mut tests);
-    let shared = read(&here().join("tests/scenarios/tables/shared.txt"));
+    let shared = read(&here().join("scenarios/tables/shared.txt"));
     for row in rows(&document, is_number) {
         let names = quoted(row[4]);
         let (file, functions) = names.split_first().expect("a file");

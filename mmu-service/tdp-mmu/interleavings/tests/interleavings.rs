@@ -5,7 +5,7 @@
 //! because none of them blocks: arc-swap snapshots, crossbeam-epoch pins and `OnceLock`s whose
 //! initialisers do nothing but allocate. The module core runs each call in one piece.
 //!
-//! Ids are those of the scenario tables (see tests/scenarios).
+//! Ids are those of the scenario tables (see scenarios/).
 //!
 //! | pair | tests here | in direct.rs |
 //! |---|---|---|
