@@ -75,6 +75,9 @@ fn run(cli: &Cli) -> Result<(), Error> {
     match &cli.command {
         Command::Completions { shell } => return output::print(&commands::completions(*shell)),
         Command::Explain(args) => return commands::explain(args).print(cli.globals.output),
+        Command::Scenario(command) => {
+            return commands::scenario(command)?.finish(cli.globals.output);
+        }
         Command::Man => return output::print(&commands::manual()?),
         _ => {}
     }
@@ -88,12 +91,7 @@ fn run(cli: &Cli) -> Result<(), Error> {
     // A thread that still reads a terminal must not hold the end up.
     runtime.shutdown_background();
     telemetry.shutdown();
-    let answer = result?;
-    answer.print(cli.globals.output)?;
-    match answer.verdict {
-        Some(verdict) => Err(verdict),
-        None => Ok(()),
-    }
+    result?.finish(cli.globals.output)
 }
 
 /// Opens the services, runs the command in its span, and closes them again.

@@ -8,6 +8,7 @@ mod memory;
 mod number;
 mod private;
 mod replay;
+mod scenario;
 mod seamcall;
 mod vm;
 
@@ -25,6 +26,7 @@ pub use memory::{
 pub use number::NumberError;
 pub use private::{AddressRange, PrivateError, PrivateMemory};
 pub use replay::{DemoArgs, Order, ReplayArgs};
+pub use scenario::{ScenarioCommand, ScenarioRunArgs};
 pub use seamcall::{ExplainArgs, Register, RegisterValue, SeamcallArgs, StatusArg, Stride};
 pub use vm::{InitRegionArgs, TreeArgs, TreeRoot, VcpuCommand, VmCommand, VmCreateArgs, WalkArgs};
 
@@ -130,6 +132,9 @@ pub enum Command {
     Replay(ReplayArgs),
     /// Play recorded call sequences against a module and compare every answer
     Conformance(ConformanceArgs),
+    /// Scenarios and races of the past by name: list them, or run some
+    #[command(subcommand)]
+    Scenario(ScenarioCommand),
     /// MRTD of a firmware image: build a TD from its TDX metadata through both services
     Measure(MeasureArgs),
     /// The entries on the path to an address: the tree of KVM beside the module's
@@ -189,6 +194,7 @@ impl Command {
             | Self::Audit { .. }
             | Self::Stats { .. }
             | Self::Explain(_)
+            | Self::Scenario(_)
             | Self::Completions { .. }
             | Self::Man => return None,
         })

@@ -6,4 +6,5 @@ mod conformance;
 mod leftovers;
 mod measure;
 mod replay;
+mod scenario;
 mod trace;

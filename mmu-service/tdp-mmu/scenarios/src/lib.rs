@@ -33,7 +33,7 @@ mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use tdp_mmu::Mode;
+pub use tdp_mmu::Mode;
 
 use rows::Row;
 use world::World;
