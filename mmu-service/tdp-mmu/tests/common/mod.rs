@@ -88,7 +88,11 @@ impl Default for Rig {
 
 impl Rig {
     pub(crate) fn new() -> Self {
-        let config = platform_config();
+        Self::on(platform_config())
+    }
+
+    /// On another platform.
+    pub(crate) fn on(config: PlatformConfig) -> Self {
         let host = Host::new(platform_of(&config)).unwrap();
         let module = Arc::new(Module::new(config).unwrap());
         let port = Arc::new(Port::new(Arc::clone(&module)));
