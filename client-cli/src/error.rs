@@ -124,6 +124,14 @@ pub enum Error {
         /// Of how many.
         steps: u64,
     },
+    /// Scenarios that do not do what they say.
+    #[error("{failed} of {scenarios} scenarios do not do what they say")]
+    Scenario {
+        /// How many.
+        failed: u64,
+        /// Of how many.
+        scenarios: u64,
+    },
     /// The raw call ended with an error.
     #[error("{leaf} answered {status}")]
     Seamcall {

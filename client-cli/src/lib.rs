@@ -102,6 +102,9 @@ fn run(cli: &Cli) -> Result<(), Failed> {
         Command::Explain(args) => {
             return Ok(commands::explain(args).print(cli.globals.output)?);
         }
+        Command::Scenario(command) => {
+            return Ok(commands::scenario(command)?.finish(cli.globals.output)?);
+        }
         Command::Man => return Ok(output::print(&commands::manual()?)?),
         _ => {}
     }
@@ -115,12 +118,7 @@ fn run(cli: &Cli) -> Result<(), Failed> {
     // A thread that still reads a terminal must not hold the end up.
     runtime.shutdown_background();
     telemetry.shutdown();
-    let answer = result?;
-    answer.print(cli.globals.output)?;
-    match answer.verdict {
-        Some(verdict) => Err(verdict.into()),
-        None => Ok(()),
-    }
+    Ok(result?.finish(cli.globals.output)?)
 }
 
 /// Opens the services, runs the command in its span, and closes them again.

@@ -11,6 +11,7 @@ mod memory;
 mod number;
 mod private;
 mod replay;
+mod scenario;
 mod seamcall;
 mod tables;
 mod vm;
@@ -32,6 +33,7 @@ pub use memory::{
 pub use number::NumberError;
 pub use private::{AddressRange, PrivateError, PrivateMemory};
 pub use replay::{DemoArgs, Order, ReplayArgs};
+pub use scenario::{ScenarioCommand, ScenarioRunArgs};
 pub use seamcall::{ExplainArgs, Register, RegisterValue, SeamcallArgs, StatusArg, Stride};
 pub use tables::{
     AgeArgs, DirtyLogClearArgs, DirtyLogCommand, DirtyLogGetArgs, DirtyLogSetArgs, EventsArgs,
@@ -170,6 +172,9 @@ pub enum Command {
     Compare(CompareArgs),
     /// Play recorded call sequences against a module and compare every answer
     Conformance(ConformanceArgs),
+    /// Scenarios and races of the past by name: list them, or run some
+    #[command(subcommand)]
+    Scenario(ScenarioCommand),
     /// MRTD of a firmware image: build a TD from its TDX metadata through both services
     Measure(MeasureArgs),
     /// Measure what the system costs, each figure beside its floor from the same run
@@ -241,6 +246,7 @@ impl Command {
             | Self::Audit { .. }
             | Self::Stats { .. }
             | Self::Explain(_)
+            | Self::Scenario(_)
             | Self::Completions { .. }
             | Self::Man => return None,
         })

@@ -40,6 +40,8 @@ fn every_command_is_known_by_its_name() {
         "tree --vm 1 --root mirror --min-level 2",
         "audit --vm 1",
         "stats",
+        "scenario list",
+        "scenario run P01 zero-step --mode batched",
         "stats --vm 1",
         "seamcall TDH.MEM.SEPT.RD rcx=0x1 rdx=0x2 --lp 1 --repeat 3 --stride rcx=-4K",
         "completions bash",

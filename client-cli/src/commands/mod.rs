@@ -13,6 +13,7 @@ mod look;
 mod measure;
 mod ranges;
 mod replay;
+mod scenario;
 mod seamcall;
 mod slot;
 pub(crate) mod tables;
@@ -25,6 +26,7 @@ use crate::session::Session;
 
 pub(crate) use explain::run as explain;
 pub(crate) use generate::{completions, manual};
+pub(crate) use scenario::run as scenario;
 
 /// Runs a command against the services of a session.
 pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, Error> {
@@ -64,6 +66,7 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Stats { vm } => look::stats(client, *vm).await,
         Command::Seamcall(args) => seamcall::run(session, args).await,
         Command::Conformance(args) => conformance::run(session, args).await,
+        Command::Scenario(command) => scenario(command),
         Command::Explain(args) => Ok(explain::run(args)),
         Command::Completions { shell } => Ok(Answer::bytes(completions(*shell))),
         Command::Man => Ok(Answer::bytes(manual()?)),

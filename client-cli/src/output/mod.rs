@@ -39,6 +39,12 @@ impl Answer {
         Self::new(Value::Null, String::from_utf8_lossy(&text))
     }
 
+    /// Writes the result to stdout, then tells what is not as it should be.
+    pub fn finish(self, format: Format) -> Result<(), Error> {
+        self.print(format)?;
+        self.verdict.map_or(Ok(()), Err)
+    }
+
     /// Writes the result to stdout.
     pub fn print(&self, format: Format) -> Result<(), Error> {
         let mut text = match format {

@@ -9,5 +9,6 @@ mod guest;
 mod leftovers;
 mod measure;
 mod replay;
+mod scenario;
 mod tables;
 mod trace;

@@ -19,6 +19,10 @@ pub enum Check {
     B2,
     /// Empty attribute filter on a mirrored VM.
     B3,
+    /// INVALID among the types of roots to invalidate.
+    B4,
+    /// A valid root on the way to its final zap.
+    B5,
     /// Atomic change of a frozen entry.
     B6,
     /// Atomic change of a mirror entry to not-present.
@@ -39,18 +43,30 @@ pub enum Check {
     B14,
     /// Huge leaf above the goal of a mirror fault.
     B16,
+    /// Install on an invalid root.
+    B17,
+    /// A walk that stopped at its goal.
+    B18,
+    /// Leaf for a table of another level.
+    B19,
     /// Leaf changed to another page: a real host stops.
     B20,
     /// Not-present to not-present without MMIO or FROZEN.
     B21,
     /// Direct walk above the SHARED bit.
     B22,
+    /// INVALID among the types of roots to age.
+    B23,
     /// Frame with the SHARED bit in page resolution.
     B24,
+    /// An entry that raises #VE by mistake.
+    B25,
     /// Pages counted after the end of the VM.
     B26,
     /// Leaf hook above 4 KiB.
     B27,
+    /// Leaf hook for an entry that is not present, or not RWX.
+    B28,
     /// Leaf hook before finalisation without a source page.
     B29,
     /// Removal without a key id, or above 4 KiB.
@@ -61,6 +77,8 @@ pub enum Check {
     B32,
     /// Instruction fetch from shared memory.
     B34,
+    /// vCPU freed while a processor may hold its state.
+    B35,
     /// The module answered an error that KVM does not expect.
     Seamcall,
     /// A call whose outcome could not be settled.
@@ -68,6 +86,51 @@ pub enum Check {
     /// The guest touched a page that it has not accepted: kvm_vm_dead, without a warning.
     PendingAccess,
 }
+
+impl Check {
+    /// Every check, in the order of the enum.
+    pub const ALL: [Self; 36] = [
+        Self::B1,
+        Self::B2,
+        Self::B3,
+        Self::B4,
+        Self::B5,
+        Self::B6,
+        Self::B7,
+        Self::B8,
+        Self::B9,
+        Self::B10,
+        Self::B11,
+        Self::B12,
+        Self::B13,
+        Self::B14,
+        Self::B16,
+        Self::B17,
+        Self::B18,
+        Self::B19,
+        Self::B20,
+        Self::B21,
+        Self::B22,
+        Self::B23,
+        Self::B24,
+        Self::B25,
+        Self::B26,
+        Self::B27,
+        Self::B28,
+        Self::B29,
+        Self::B30,
+        Self::B31,
+        Self::B32,
+        Self::B34,
+        Self::B35,
+        Self::Seamcall,
+        Self::Unsettled,
+        Self::PendingAccess,
+    ];
+}
+
+// A check that is missing above has a higher number than the last one that is there.
+const _: () = assert!(Check::PendingAccess as usize + 1 == Check::ALL.len());
 
 /// What went wrong in a VM so far.
 #[derive(Debug, Default)]

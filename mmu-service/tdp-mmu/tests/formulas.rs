@@ -6,12 +6,14 @@ mod common;
 
 use std::ops::Range;
 
+use common::port::Rule;
 use common::state::check_invariants;
 use common::{Rig, gmem_slot};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
-use tdp_mmu::{Counts, Mode, Vm};
+use tdp_mmu::{Counts, InitRegion, Measure, Mode, Vm};
 use tdx_defs::{Gpaw, Leaf};
+use tdx_module::PlatformConfig;
 
 /// Leaves that mode `batched` blocks before it tracks once.
 const CHUNK: u64 = 4096;
@@ -49,6 +51,22 @@ fn tables(range: &Range<u64>, gpaw: Gpaw) -> u64 {
         (range.end - 1) / span - range.start / span + 1
     };
     (1..root_level).map(at_level).sum()
+}
+
+/// TDH.MEM.SEPT.ADDs since the calls were last taken: for each level the tables of that level,
+/// which TDX counts from the entry that links them.
+fn check_levels(rig: &Rig, range: &Range<u64>, gpaw: Gpaw) {
+    let calls = rig.port.take_calls();
+    let root_level = if gpaw == Gpaw::W48 { 4 } else { 5 };
+    for level in 1..root_level {
+        let span = 512u64.pow(level);
+        let expected = (range.end - 1) / span - range.start / span + 1;
+        let found = calls
+            .iter()
+            .filter(|call| call.leaf == Leaf::MEM_SEPT_ADD && call.rcx & 7 == u64::from(level))
+            .count();
+        assert_eq!(found as u64, expected, "{range:x?} level {level}");
+    }
 }
 
 /// Calls of a conversion to shared in one mode: (leaf, calls).
@@ -95,7 +113,11 @@ fn check_range(mode: Mode, gpaw: Gpaw, range: &Range<u64>) {
     let rig = Rig::new();
     let vm = vm(&rig, mode, gpaw, range);
     let leaves = range.end - range.start;
+    rig.port.record(true);
+    rig.port.take_calls();
     let built = prefault(&vm, range);
+    check_levels(&rig, range, gpaw);
+    rig.port.record(false);
     assert_eq!(
         built.seamcalls.get(Leaf::MEM_SEPT_ADD),
         tables(range, gpaw),
@@ -110,6 +132,70 @@ fn check_range(mode: Mode, gpaw: Gpaw, range: &Range<u64>) {
     let again = prefault(&vm, range);
     assert_eq!(again.seamcalls.total(), leaves, "tables stay");
     check_invariants(&vm, &rig);
+    common::state::destroy(&vm, &rig);
+}
+
+/// The same range as initial image, measured or not: added, extended, and taken away again.
+fn check_image(mode: Mode, gpaw: Gpaw, range: &Range<u64>, measure: Measure) {
+    let rig = Rig::new();
+    rig.port.record(false);
+    let vm = rig.create(mode, gpaw).unwrap();
+    vm.add_vcpu().unwrap();
+    let (gpa, size) = (range.start << 12, (range.end - range.start) << 12);
+    let leaves = range.end - range.start;
+    vm.set_user_memory_region(gmem_slot(0, range.start, leaves))
+        .unwrap();
+    vm.set_memory_attributes(gpa, size, 8).unwrap();
+    vm.load_mmu(0).unwrap();
+    let region = InitRegion {
+        gpa,
+        size,
+        data: &[],
+        measure,
+    };
+    let built = vm.init_mem_region(0, region).unwrap().seamcalls;
+    let extends = if measure == Measure::Extend { 16 } else { 0 };
+    assert_eq!(built.get(Leaf::MEM_SEPT_ADD), tables(range, gpaw));
+    assert_eq!(built.get(Leaf::MEM_PAGE_ADD), leaves);
+    assert_eq!(built.get(Leaf::MR_EXTEND), extends * leaves);
+    assert_eq!(
+        built.total(),
+        tables(range, gpaw) + (1 + extends) * leaves,
+        "{range:x?}"
+    );
+    let removed = make_shared(&vm, range);
+    assert_eq!(removed.seamcalls.get(Leaf::MEM_TRACK), 0);
+    assert_eq!(
+        removed.seamcalls.total(),
+        3 * leaves,
+        "nothing is tracked before the TD runs"
+    );
+    assert_eq!((removed.kicks, removed.flushes), (0, 1));
+    check_invariants(&vm, &rig);
+    common::state::destroy(&vm, &rig);
+}
+
+/// Shared memory costs no call, whatever its size: one flush when something was mapped.
+fn check_shared(mode: Mode, gpaw: Gpaw, range: &Range<u64>) {
+    let rig = Rig::new();
+    let vm = vm(&rig, mode, gpaw, range);
+    make_shared(&vm, range);
+    let private = |vm: &Vm| {
+        let (gpa, size) = (range.start << 12, (range.end - range.start) << 12);
+        vm.set_memory_attributes(gpa, size, 8).unwrap()
+    };
+    let unmapped = private(&vm);
+    assert_eq!((unmapped.seamcalls.total(), unmapped.flushes), (0, 0));
+    make_shared(&vm, range);
+    let built = prefault(&vm, range);
+    assert_eq!(built.seamcalls.total(), 0);
+    assert_eq!(built.pages_mapped, range.end - range.start);
+    let back = private(&vm);
+    assert_eq!((back.seamcalls.total(), back.flushes), (0, 1));
+    assert_eq!(
+        (back.kicks, back.pages_zapped),
+        (0, range.end - range.start)
+    );
     common::state::destroy(&vm, &rig);
 }
 
@@ -148,6 +234,122 @@ proptest! {
         let gpaw = if wide { Gpaw::W52 } else { Gpaw::W48 };
         check_range(if kernel { Mode::Kernel } else { Mode::Batched }, gpaw, &range);
     }
+
+    #[test]
+    fn an_initial_image_follows_them_too(
+        range in range(),
+        wide in any::<bool>(),
+        kernel in any::<bool>(),
+        measured in any::<bool>(),
+    ) {
+        let range = range.start..range.end.min(range.start + 150);
+        let gpaw = if wide { Gpaw::W52 } else { Gpaw::W48 };
+        let mode = if kernel { Mode::Kernel } else { Mode::Batched };
+        let measure = if measured { Measure::Extend } else { Measure::No };
+        check_image(mode, gpaw, &range, measure);
+    }
+
+    #[test]
+    fn shared_memory_takes_no_call_for_any_range(
+        range in range(),
+        wide in any::<bool>(),
+        kernel in any::<bool>(),
+    ) {
+        let gpaw = if wide { Gpaw::W52 } else { Gpaw::W48 };
+        check_shared(if kernel { Mode::Kernel } else { Mode::Batched }, gpaw, &range);
+    }
+
+    #[test]
+    fn a_life_takes_the_calls_of_its_phases(
+        (packages, tdcs, tdvps) in (prop_oneof![Just(1u32), Just(2), Just(4)], 4u8..=6, 2u8..=6),
+        vcpus in 1u32..=4,
+        range in range(),
+        wide in any::<bool>(),
+    ) {
+        let range = range.start..range.end.min(range.start + 40);
+        let gpaw = if wide { Gpaw::W52 } else { Gpaw::W48 };
+        check_life(&Life { packages, tdcs, tdvps, vcpus }, gpaw, &range);
+    }
+}
+
+/// The platform and the size of a TD.
+struct Life {
+    packages: u32,
+    tdcs: u8,
+    tdvps: u8,
+    vcpus: u32,
+}
+
+/// From KVM_TDX_INIT_VM to the last page: K packages, C TDCS pages, X TDCX pages a vCPU, V vCPUs,
+/// S private tables, N leaves.
+fn check_life(life: &Life, gpaw: Gpaw, range: &Range<u64>) {
+    let (k, c) = (u64::from(life.packages), u64::from(life.tdcs));
+    let (x, v) = (u64::from(life.tdvps) - 1, u64::from(life.vcpus));
+    let rig = Rig::on(PlatformConfig {
+        packages: life.packages,
+        tdcs_pages: life.tdcs,
+        tdvps_pages: life.tdvps,
+        ..common::platform_config()
+    });
+    rig.port.record(false);
+    let vm = rig.uninitialized(Mode::Kernel, gpaw);
+    assert_eq!(vm.init().unwrap().seamcalls.total(), k + c + 4, "INIT_VM");
+    for _ in 0..life.vcpus {
+        let (_, counts) = vm.add_vcpu().unwrap();
+        assert_eq!(counts.seamcalls.total(), x + 5, "INIT_VCPU");
+    }
+    for vcpu in 0..life.vcpus {
+        let counts = vm.load_mmu(vcpu).unwrap();
+        assert_eq!(counts.seamcalls.total(), 1, "loading the roots");
+    }
+    let n = range.end - range.start;
+    vm.set_user_memory_region(gmem_slot(0, range.start, n))
+        .unwrap();
+    vm.set_memory_attributes(range.start << 12, n << 12, 8)
+        .unwrap();
+    let (_, counts) = vm.finalize().unwrap();
+    assert_eq!(counts.seamcalls.total(), 1, "FINALIZE_VM");
+    prefault(&vm, range);
+    let s = tables(range, gpaw);
+    let (counts, leaked) = vm.destroy().unwrap();
+    assert_eq!(leaked, 0);
+    for (leaf, expected) in [
+        (Leaf::MEM_PAGE_REMOVE, n),
+        (Leaf::VP_FLUSH, v),
+        (Leaf::MNG_VPFLUSHDONE, 1),
+        (Leaf::PHYMEM_CACHE_WB, k),
+        (Leaf::MNG_KEY_FREEID, 1),
+        (Leaf::PHYMEM_PAGE_RECLAIM, v * (x + 1) + s + c + 1),
+        // Of each leaf, and of the TDR.
+        (Leaf::PHYMEM_PAGE_WBINVD, n + 1),
+    ] {
+        assert_eq!(counts.seamcalls.get(leaf), expected, "{leaf}");
+    }
+    let release = v + 1 + k + 1;
+    let reclaim = v * (x + 1) + s + c + 1 + 1;
+    assert_eq!(counts.seamcalls.total(), 4 * n + release + reclaim);
+    common::state::assert_nothing_left(&rig);
+}
+
+#[test]
+fn a_leaf_takes_at_most_seven_calls_and_four_kicks() {
+    for mode in [Mode::Kernel, Mode::Batched] {
+        let rig = Rig::new();
+        let vm = vm(&rig, mode, Gpaw::W48, &(0..16));
+        prefault(&vm, &(1..2));
+        for leaf in [
+            Leaf::MEM_RANGE_BLOCK,
+            Leaf::MEM_TRACK,
+            Leaf::MEM_PAGE_REMOVE,
+        ] {
+            rig.port.inject(Rule::busy(leaf, 1));
+        }
+        let counts = make_shared(&vm, &(1..2));
+        assert_eq!(counts.seamcalls.total(), 7, "{mode:?}");
+        assert_eq!((counts.kicks, counts.flushes), (4, 1), "{mode:?}");
+        assert_eq!(vm.bugs().reports(), []);
+        check_invariants(&vm, &rig);
+    }
 }
 
 #[test]
@@ -170,6 +372,14 @@ fn building_takes_the_calls_of_the_table() {
             assert_eq!(counts.seamcalls.get(Leaf::MEM_SEPT_ADD), expected, "{case}");
             assert_eq!(counts.seamcalls.total(), expected + pages, "{case}");
         }
+    }
+}
+
+#[test]
+fn the_largest_row_of_the_table_is_what_the_formula_says() {
+    for (pages, four) in [(262_144, 514), (1_048_576, 2053)] {
+        assert_eq!(tables(&(0..pages), Gpaw::W48), four);
+        assert_eq!(tables(&(0..pages), Gpaw::W52), four + 1);
     }
 }
 

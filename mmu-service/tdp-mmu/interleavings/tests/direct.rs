@@ -259,6 +259,39 @@ fn a_fast_zap_and_a_load_leave_one_valid_root() {
 }
 
 #[test]
+fn a_zap_and_a_fast_zap_free_each_table_once() {
+    explore(|| {
+        let world = World::new(VmConfig::default()).logging(true).mapped(5);
+        let other = world.spawn(|vm| vm.zap_all_fast().unwrap());
+        unmap(&world.vm);
+        other.join().unwrap();
+        assert_eq!(world.pages(), (0, 0));
+        assert_eq!(fault(&world.vm, 1, 5, WRITE), RetPf::Fixed);
+        world.end();
+    });
+}
+
+#[test]
+fn two_vcpus_load_and_put_their_roots_at_once() {
+    explore(|| {
+        let world = World::new(VmConfig::default()).mapped(5);
+        let other = world.spawn(|vm| {
+            vm.load_mmu(1).unwrap();
+            vm.unload_mmu(1).unwrap();
+            vm.load_mmu(1).unwrap();
+        });
+        world.vm.unload_mmu(0).unwrap();
+        world.vm.load_mmu(0).unwrap();
+        other.join().unwrap();
+        let roots = world.vm.roots();
+        assert_eq!(roots.len(), 1, "one root for both");
+        assert_eq!(roots[0].count, 3);
+        assert_eq!(fault(&world.vm, 1, 5, WRITE), RetPf::Spurious);
+        world.end();
+    });
+}
+
+#[test]
 fn nx_recovery_and_a_fetch_agree_on_the_table() {
     explore(|| {
         let nx = VmConfig {

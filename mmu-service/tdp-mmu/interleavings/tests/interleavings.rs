@@ -5,23 +5,40 @@
 //! because none of them blocks: arc-swap snapshots, crossbeam-epoch pins and `OnceLock`s whose
 //! initialisers do nothing but allocate. The module core runs each call in one piece.
 //!
-//! Ids are those of the scenario tables (see tests/scenarios).
+//! Ids are those of the scenario tables (see scenarios/).
+//!
+//! | pair | tests here | in direct.rs |
+//! |---|---|---|
+//! | fault, fault | c01, c02, c04, vcpus that empty the table cache | c16 |
+//! | fault, zap | c06, c07, c08 | c15, aging against a fast zap |
+//! | fault, convert | c06, c07, c08, there and back, a batch without a slot | |
+//! | fault, hole | c11 | |
+//! | convert, convert | c18 | |
+//! | zap, free | a fault during the end of the VM | a zap and a fast zap, c17, NX recovery |
+//! | split, fault | | c16, an eager split |
+//! | load, unload of roots | a fast zap and faulting vCPUs | two vCPUs, a fast zap and a load |
+//! | entry, zap | a vCPU that runs and a refused removal | |
 
 extern crate tdp_mmu_interleavings as tdp_mmu;
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use common::port::Rule;
+use common::guest::Guest;
+use common::port::{Hook, Rule, When};
 use common::state::{self, check_invariants};
 use common::{Rig, gmem_slot};
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::thread;
-use tdp_mmu::{Fault, MemoryFault, Mode, RetPf, Vm, VmError, errno};
-use tdx_defs::{Gpaw, Leaf};
+use tdp_mmu::{
+    Entry, Fault, GuestOp, GuestPort, GuestStep, MemoryFault, Mode, RetPf, RunExit, RunRequest,
+    SeamError, Vm, VmError, errno,
+};
+use tdx_defs::{Gpaw, Leaf, Seamcall};
+use tdx_module::Violations;
 
 /// Schedules of each test: random ones, and some that preempt rarely but at the worst moment.
 const RANDOM: usize = 160;
@@ -29,10 +46,15 @@ const PCT: usize = 80;
 const DEPTH: usize = 3;
 
 fn explore(scenario: impl Fn(Mode) + Send + Sync + 'static) {
+    explore_some(RANDOM, PCT, scenario);
+}
+
+/// For scenarios whose one thread has much to do before the other one begins.
+fn explore_some(random: usize, pct: usize, scenario: impl Fn(Mode) + Send + Sync + 'static) {
     let scenario = Arc::new(scenario);
     for mode in [Mode::Kernel, Mode::Batched] {
-        run(RandomScheduler::new(RANDOM), mode, Arc::clone(&scenario));
-        run(PctScheduler::new(DEPTH, PCT), mode, Arc::clone(&scenario));
+        run(RandomScheduler::new(random), mode, Arc::clone(&scenario));
+        run(PctScheduler::new(DEPTH, pct), mode, Arc::clone(&scenario));
     }
 }
 
@@ -281,13 +303,19 @@ fn a_fault_during_the_end_of_the_vm_is_mapped_before_it_or_refused() {
 }
 
 #[test]
-fn two_conversions_take_each_page_once() {
+fn c18_two_conversions_take_each_page_once() {
     explore(|mode| {
         let world = World::new(mode).mapped(0..6);
         let other = world.spawn(|vm| convert(vm, 2..6, 0));
         convert(&world.vm, 0..4, 0);
         other.join().unwrap();
-        assert_eq!(world.calls(Leaf::MEM_PAGE_REMOVE), 6);
+        for leaf in [
+            Leaf::MEM_RANGE_BLOCK,
+            Leaf::MEM_PAGE_REMOVE,
+            Leaf::PHYMEM_PAGE_WBINVD,
+        ] {
+            assert_eq!(world.calls(leaf), 6, "{leaf}");
+        }
         assert_eq!(world.vm.info().pages_4k, 0);
         world.end();
     });
@@ -353,7 +381,7 @@ fn a_fast_zap_gives_faulting_vcpus_a_new_root() {
 
 #[test]
 fn vcpus_that_empty_the_table_cache_together_find_more() {
-    explore(|mode| {
+    explore_some(RANDOM / 4, PCT / 4, |mode| {
         let world = World::new(mode);
         let (near, far, farther) = (0x1_0000, 1 << 27, 2 << 27);
         for (slot, first, pages) in [(2, near, 33 << 9), (3, far, SLOT), (4, farther, SLOT)] {
@@ -374,6 +402,84 @@ fn vcpus_that_empty_the_table_cache_together_find_more() {
         );
         assert_eq!(other.join().unwrap(), Ok(RetPf::Fixed));
         assert_eq!(world.calls(Leaf::MEM_SEPT_ADD), 41);
+        world.end();
+    });
+}
+
+/// The way of a vCPU into the module, for a test that wants to know whether it is inside.
+struct Watched {
+    guest: Guest,
+    is_inside: Arc<AtomicBool>,
+    is_closed: Arc<AtomicBool>,
+}
+
+impl GuestPort for Watched {
+    fn enter(&mut self, lp: u32, call: Seamcall) -> Result<Entry, SeamError> {
+        assert!(!self.is_closed.load(Ordering::SeqCst), "TDH.VP.ENTER");
+        self.is_inside.store(true, Ordering::SeqCst);
+        thread::yield_now();
+        self.guest.enter(lp, call)
+    }
+
+    fn play(&mut self, ops: &[GuestOp]) -> Result<Vec<GuestStep>, SeamError> {
+        thread::yield_now();
+        let steps = self.guest.play(ops)?;
+        if matches!(steps.last(), Some(GuestStep::Exited(_))) {
+            self.is_inside.store(false, Ordering::SeqCst);
+        }
+        Ok(steps)
+    }
+
+    fn read_shared(&mut self, hpa: u64, len: usize) -> Result<Vec<u8>, SeamError> {
+        self.guest.read_shared(hpa, len)
+    }
+
+    fn write_shared(&mut self, hpa: u64, data: &[u8]) -> Result<(), SeamError> {
+        self.guest.write_shared(hpa, data)
+    }
+}
+
+#[test]
+fn no_vcpu_is_inside_while_a_refused_removal_is_made_again() {
+    explore(|mode| {
+        let world = World::new(mode).mapped(1..2);
+        let (is_inside, is_closed) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let port = &world.rig.port;
+        port.inject(Rule::busy(Leaf::MEM_RANGE_BLOCK, 1));
+        let (inside, closed) = (Arc::clone(&is_inside), Arc::clone(&is_closed));
+        let second = Hook::at(Leaf::MEM_RANGE_BLOCK, When::Before, move || {
+            assert!(!inside.load(Ordering::SeqCst), "it was not kicked out");
+            closed.store(true, Ordering::SeqCst);
+            thread::yield_now();
+        });
+        port.hook(second.skip(1));
+        let closed = Arc::clone(&is_closed);
+        let answered = Hook::at(Leaf::MEM_RANGE_BLOCK, When::Answered, move || {
+            thread::yield_now();
+            closed.store(false, Ordering::SeqCst);
+        });
+        port.hook(answered.skip(1));
+        let module = Arc::clone(&world.rig.module);
+        let running = world.spawn(move |vm| {
+            let mut port = Watched {
+                guest: Guest::new(&module),
+                is_inside,
+                is_closed,
+            };
+            let request = RunRequest {
+                ops: vec![GuestOp::Interrupt; 3],
+                answer: 0,
+            };
+            vm.run_vcpu(0, &mut port, &request).unwrap()
+        });
+        convert(&world.vm, 1..2, 0);
+        let report = running.join().unwrap();
+        assert_eq!((report.exit, report.done.len()), (RunExit::Done, 3));
+        assert_eq!(world.calls(Leaf::MEM_PAGE_REMOVE), 1);
+        assert_eq!(world.rig.module.violations(), Violations::default());
         world.end();
     });
 }

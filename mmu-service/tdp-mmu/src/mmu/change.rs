@@ -38,6 +38,7 @@ pub(crate) struct Lost;
 impl Mmu {
     /// Compare and swap of one entry; what is there instead when it fails.
     pub(crate) fn swap(&self, slot: Slot, old: u64, new: u64) -> Result<(), u64> {
+        self.check_ve(new);
         self.arena
             .entry(slot)
             .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
@@ -45,7 +46,19 @@ impl Mmu {
     }
 
     pub(crate) fn store(&self, slot: Slot, new: u64) {
+        self.check_ve(new);
         self.arena.entry(slot).store(new, Ordering::Release);
+    }
+
+    /// is_ept_ve_possible: a value that raises #VE in a guest that does not expect it (B25).
+    ///
+    /// Model: KVM's debug build asks this of every value but an ordinary VM's MMIO entries. Those
+    /// of a TD are there to raise #VE, so they are left out, too.
+    fn check_ve(&self, new: u64) {
+        if spte::may_raise_ve(new) {
+            self.bugs
+                .warn(Check::B25, || format!("{new:#x} does not suppress #VE"));
+        }
     }
 
     /// tdp_mmu_set_spte_atomic for an entry of a direct root: the module never has to follow.
@@ -141,6 +154,7 @@ impl Mmu {
                 format!("non-atomic change of a frozen entry of {gfn}")
             });
         }
+        self.check_ve(new);
         let is_mirror = self.arena.header(step.slot.table).role().is_mirror();
         // The fast path changes leaves without mmu_lock, so the value found counts.
         let old = self.arena.entry(step.slot).swap(new, Ordering::AcqRel);

@@ -11,6 +11,7 @@ use super::Mmu;
 use super::arena::TableId;
 use super::iter::Step;
 use super::spte::{self, Access, DirectTraits, LeafTraits};
+use crate::bugs::Check;
 use crate::sync::atomic::Ordering;
 use crate::trace::Event;
 
@@ -113,6 +114,7 @@ impl Mmu {
             },
             level: goal,
         });
+        self.check_mappable(root);
         if !self.walkable(fault.gfn) {
             return Mapped::nothing(Installed::Retry, goal);
         }
@@ -133,7 +135,7 @@ impl Mmu {
                 return Mapped::nothing(Installed::Retry, level);
             }
             if level == goal {
-                return self.install(&step, fault);
+                return self.install(&step, fault, goal);
             }
             let linked = if spte::is_table(step.spte, level) {
                 TableId::linked_by(step.spte)
@@ -145,8 +147,20 @@ impl Mmu {
             };
             match linked.zip(level.child()) {
                 Some((linked, child)) => (level, table) = (child, linked),
-                None => return Mapped::nothing(Installed::Retry, level),
+                None => {
+                    self.check_stopped(fault.gfn, level, goal);
+                    return Mapped::nothing(Installed::Retry, level);
+                }
             }
+        }
+    }
+
+    /// A walk that gives up has not reached its goal: there it would have installed (B18).
+    fn check_stopped(&self, gfn: Gfn, level: Level, goal: Level) {
+        if level == goal {
+            self.bugs.warn(Check::B18, || {
+                format!("the walk to {gfn} stopped at its goal, level {goal}")
+            });
         }
     }
 
@@ -197,8 +211,15 @@ impl Mmu {
     }
 
     /// tdp_mmu_map_handle_target_level.
-    fn install(&self, step: &Step, fault: &DirectFault) -> Mapped {
+    fn install(&self, step: &Step, fault: &DirectFault, goal: Level) -> Mapped {
         let (old, level) = (step.spte, step.level);
+        let page_level = self.arena.level(step.slot.table);
+        if page_level != goal {
+            self.bugs.warn(Check::B19, || {
+                format!("leaf of level {goal} for a table of level {page_level}")
+            });
+            return Mapped::nothing(Installed::Retry, level);
+        }
         let base = fault.gfn.align_down(level.pages());
         let answered = fault.prefetch || fault.access.allowed_by(old);
         if spte::is_leaf(old, level) && answered {
@@ -239,5 +260,77 @@ impl Mmu {
             });
         }
         mapped
+    }
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use super::*;
+    use crate::mmu::role::RootKind;
+    use crate::mmu::roots::RootTypes;
+    use tdx_defs::{GpaLayout, Gpaw};
+
+    const FAULT: DirectFault = DirectFault {
+        gfn: Gfn::new(5),
+        access: Access {
+            write: true,
+            exec: false,
+        },
+        prefetch: false,
+        req_level: Level::L4K,
+        target: Target::Page {
+            pfn: Pfn::new(7),
+            map_writable: true,
+        },
+        traits: DirectTraits {
+            ignore_pat: false,
+            nx_huge_pages: false,
+            write_tracked: false,
+        },
+    };
+
+    fn mmu() -> (Mmu, TableId) {
+        let mmu = Mmu::new(GpaLayout::new(Gpaw::W48));
+        let root = mmu.alloc_root(RootKind::Direct).unwrap();
+        (mmu, root)
+    }
+
+    fn checks(mmu: &Mmu) -> Vec<Check> {
+        let reports = mmu.bugs.reports();
+        reports.into_iter().map(|(check, _)| check).collect()
+    }
+
+    #[test]
+    fn b17_a_fault_on_an_invalid_root_is_warned_about() {
+        let (mmu, root) = mmu();
+        mmu.invalidate_roots(RootTypes::DIRECT);
+        let mapped = mmu.map_direct(root, &FAULT);
+        assert_eq!(mapped.installed, Installed::Fixed, "the walk goes on");
+        assert_eq!(checks(&mmu), [Check::B17]);
+        assert!(!mmu.bugs.is_bugged());
+    }
+
+    #[test]
+    fn b18_only_a_walk_that_stopped_at_its_goal_is_warned_about() {
+        let (mmu, _) = mmu();
+        mmu.check_stopped(FAULT.gfn, Level::L2M, Level::L4K);
+        assert_eq!(checks(&mmu), []);
+        mmu.check_stopped(FAULT.gfn, Level::L4K, Level::L4K);
+        assert_eq!(checks(&mmu), [Check::B18]);
+    }
+
+    #[test]
+    fn b19_a_leaf_goes_into_a_table_of_its_own_level() {
+        let (mmu, root) = mmu();
+        mmu.map_direct(root, &FAULT);
+        let above = mmu.path(root, FAULT.gfn)[2];
+        let mapped = mmu.install(&above, &FAULT, Level::L4K);
+        assert_eq!(mapped.installed, Installed::Retry);
+        assert_eq!(mmu.read(above.slot), above.spte, "unchanged");
+        assert_eq!(checks(&mmu), [Check::B19]);
+        let last = mmu.last(root, FAULT.gfn).unwrap();
+        let mapped = mmu.install(&last, &FAULT, Level::L4K);
+        assert_eq!(mapped.installed, Installed::Spurious);
+        assert_eq!(checks(&mmu), [Check::B19], "no further one");
     }
 }

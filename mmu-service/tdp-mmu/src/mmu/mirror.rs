@@ -89,6 +89,7 @@ enum Phase {
 impl Mmu {
     /// Walks to `gfn` and holds what is missing. `leaf` is the SPTE to install.
     pub(crate) fn begin(&self, root: TableId, gfn: Gfn, leaf: u64, depth: Depth) -> Begin<'_> {
+        self.check_mappable(root);
         if !self.walkable(gfn) {
             return Begin::Lost;
         }

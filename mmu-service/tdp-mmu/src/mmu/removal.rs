@@ -135,6 +135,7 @@ impl Mmu {
         mut held: ReadGuard<'a>,
         root: TableId,
     ) -> ReadGuard<'a> {
+        self.check_scheduled(root);
         let root_bits = self.root_bits(root);
         let whole = 0..self.layout.gfn_limit();
         for level in [Level::L4K, Level::L2M, Level::L1G, self.arena.level(root)] {

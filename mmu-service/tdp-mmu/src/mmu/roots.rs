@@ -38,6 +38,10 @@ impl RootTypes {
         Self(self.0 | other.0)
     }
 
+    const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
     const fn has(self, other: Self) -> bool {
         self.0 & other.0 != 0
     }
@@ -161,12 +165,42 @@ impl Mmu {
 
     /// kvm_tdp_mmu_invalidate_roots: marks the roots; the caller zaps and puts them.
     pub(crate) fn invalidate_roots(&self, types: RootTypes) -> Vec<TableId> {
+        if types.has(RootTypes::INVALID) {
+            self.bugs
+                .warn(Check::B4, || format!("{types:?} names invalid roots"));
+        }
+        let types = types.without(RootTypes::INVALID);
         let roots = self.roots(types);
         for &root in &roots {
             let header = self.arena.header(root);
             header.set_role(header.role().invalidated());
         }
         roots
+    }
+
+    /// kvm_tdp_mmu_zap_invalidated_roots: a root that is zapped for good was invalidated (B5).
+    pub(crate) fn check_scheduled(&self, root: TableId) {
+        if !self.arena.header(root).role().is_invalid() {
+            self.bugs
+                .bug(Check::B5, || format!("valid root {root:?} is to be zapped"));
+        }
+    }
+
+    /// Whether a walk that installs may start at `root`, which it does in any case (B17).
+    pub(crate) fn check_mappable(&self, root: TableId) {
+        if self.arena.header(root).role().is_invalid() {
+            self.bugs
+                .warn(Check::B17, || format!("fault on the invalid root {root:?}"));
+        }
+    }
+
+    /// The roots whose leaves are aged: never those of an invalid one (B23).
+    pub(crate) fn roots_to_age(&self, types: RootTypes) -> Vec<TableId> {
+        if types.has(RootTypes::INVALID) {
+            self.bugs
+                .warn(Check::B23, || format!("{types:?} names invalid roots"));
+        }
+        self.roots(types)
     }
 
     /// is_obsolete_root: invalidated since it was loaded.

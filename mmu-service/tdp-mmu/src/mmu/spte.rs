@@ -114,6 +114,17 @@ pub(crate) const fn is_mmio(spte: u64) -> bool {
     matches!(spte & MMIO_MASK, 0 | MMIO_WX)
 }
 
+/// Whether an access through the entry can raise #VE by mistake: suppress-#VE is clear, and it is
+/// no MMIO value.
+pub(crate) const fn may_raise_ve(spte: u64) -> bool {
+    spte & SUPPRESS_VE == 0 && !is_mmio(spte)
+}
+
+/// Present, readable, writable and executable, as the module maps every private page.
+pub(crate) const fn is_private_leaf(spte: u64) -> bool {
+    is_present(spte) && spte & RWX == RWX
+}
+
 pub(crate) const fn pfn(spte: u64) -> Pfn {
     Pfn::new((spte & PFN_MASK) >> tdx_defs::PAGE_SHIFT)
 }

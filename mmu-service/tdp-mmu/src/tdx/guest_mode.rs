@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn c12_a_vcpu_does_not_enter_while_a_removal_retries() {
+    fn a_vcpu_does_not_enter_while_a_removal_retries() {
         let modes = GuestModes::default();
         let vcpu = modes.add();
         modes.hold();

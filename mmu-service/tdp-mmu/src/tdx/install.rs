@@ -213,6 +213,11 @@ impl Hooks<'_> {
             });
             return Err(RefusedByHook);
         }
+        if !spte::is_private_leaf(spte) {
+            self.bugs.warn(Check::B28, || {
+                format!("private leaf of {gfn} is not present or not RWX: {spte:#x}")
+            });
+        }
         let page = spte::pfn(spte);
         if self.td.is_runnable() {
             return Ok(calls::mem_page_aug(self.td.tdr(), gfn, page));

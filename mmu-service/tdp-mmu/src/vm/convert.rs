@@ -234,7 +234,7 @@ impl Vm {
                 let zapped = self.mmu.zap_leafs(&held, root, part, limit, &mut ops);
                 seam.counts.pages_zapped += zapped.leaves;
                 flush |= zapped.leaves != 0 && !role.is_invalid();
-                if let Err(torn) = self.carry_out(seam, &ops) {
+                if let Err(torn) = self.carry_out(&held, seam, &ops) {
                     self.mmu.put_root(root);
                     return (held, Err(torn));
                 }
@@ -253,8 +253,14 @@ impl Vm {
         (held, Ok(flush))
     }
 
-    /// Has the module follow what was taken from the mirror.
-    pub(super) fn carry_out(&self, seam: &mut Seam<'_>, ops: &[ExternalOp]) -> Result<(), Torn> {
+    /// Has the module follow what was taken from the mirror. B15: only whoever still holds the
+    /// write side of mmu_lock can ask for it.
+    pub(super) fn carry_out(
+        &self,
+        _held: &WriteGuard<'_>,
+        seam: &mut Seam<'_>,
+        ops: &[ExternalOp],
+    ) -> Result<(), Torn> {
         if ops.is_empty() {
             return Ok(());
         }

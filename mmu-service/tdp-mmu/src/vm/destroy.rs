@@ -91,13 +91,23 @@ impl Vm {
             .collect();
         if self.td.hkid().is_some() {
             lifecycle::release_hkid(&self.host, seam, &self.td, &self.mmu.bugs, &associated)?;
+            // Whatever TDH.VP.FLUSH answered (tdx_disassociate_vp).
+            runs.iter_mut().for_each(|run| run.is_associated = false);
         }
         // mmu notifier release: user memory goes with its process.
         self.zap_direct();
         for run in runs {
             self.put_roots(run);
             let mut pages = std::mem::take(&mut run.pages);
-            if self.td.hkid().is_some() {
+            if run.is_associated {
+                self.mmu.bugs.bug(Check::B35, || {
+                    format!(
+                        "vCPU with TDVPR {:?} freed before it was flushed",
+                        pages.first()
+                    )
+                });
+            }
+            if run.is_associated || self.td.hkid().is_some() {
                 self.leaked.fetch_add(pages.len() as u64, Ordering::Relaxed);
                 continue;
             }
@@ -115,10 +125,11 @@ impl Vm {
     fn free_tables(&self, seam: &mut Seam<'_>, torn: bool) {
         let held = self.mmu.lock.write();
         for root in self.mmu.invalidate_roots(RootTypes::VALID) {
+            self.mmu.check_scheduled(root);
             let mut ops = Vec::new();
             self.mmu.zap_root(&held, root, &mut ops);
             if !torn {
-                let _ = self.carry_out(seam, &ops);
+                let _ = self.carry_out(&held, seam, &ops);
             }
             self.mmu.put_root(root);
         }

@@ -144,6 +144,9 @@ impl<'a> Faulting<'a> {
                     self.ended.push(ended(&wanted, Ok(RetPf::Emulate), None));
                 }
                 Pass::Ended(result, at) => self.end(wanted, result, at),
+                Pass::Again | Pass::Wait if self.must_leave(&wanted) => {
+                    self.end(wanted, Ok(RetPf::Retry), None);
+                }
                 Pass::Again | Pass::Wait if tries + 1 >= MAX_TRIES => {
                     self.give_up(wanted, tries + 1);
                 }
@@ -158,6 +161,17 @@ impl<'a> Faulting<'a> {
                 }
             }
         }
+    }
+
+    /// Whether the vCPU loop is to get a fault back that would start over: an event or a signal
+    /// waits for the vCPU (`kvm_vcpu_has_events()`, `signal_pending()`), or its slot is on its way
+    /// out, which in the kernel waits for the vCPU to let go of the slots.
+    fn must_leave(&self, wanted: &Wanted) -> bool {
+        let is_going = || {
+            let slot = self.vm.slots.find(wanted.gfn);
+            slot.is_some_and(|slot| slot.is_going())
+        };
+        !wanted.prefetch && (self.vcpu.mode.has_event() || is_going())
     }
 
     /// F2: what is held is settled first; then the others get their turn.
@@ -228,6 +242,7 @@ impl<'a> Faulting<'a> {
         let resolved = match self.vm.resolve(&wanted) {
             Ok(resolved) => resolved,
             Err(Early::Ret(RetPf::Retry)) => return Pass::Wait,
+            Err(Early::SlotGoing) => return Pass::Ended(Ok(RetPf::Retry), None),
             Err(Early::Ret(ret_pf)) => return Pass::Ended(Ok(ret_pf), None),
             Err(Early::Error(error)) => return Pass::Ended(Err(error), None),
             Err(Early::CopyOnWrite(slot)) => return self.copy_on_write(&slot, wanted.gfn),
@@ -548,7 +563,9 @@ impl<'a> Faulting<'a> {
 
     /// RET_PF_RETRY of a private fault: retried here, not in the guest.
     fn again(&mut self, wanted: Wanted, tries: u32) {
-        if tries + 1 < MAX_TRIES {
+        if self.must_leave(&wanted) {
+            self.end(wanted, Ok(RetPf::Retry), None);
+        } else if tries + 1 < MAX_TRIES {
             spans::retry(wanted.gfn, tries + 1, self.busy);
             self.todo.push_back((wanted, tries + 1));
         } else {

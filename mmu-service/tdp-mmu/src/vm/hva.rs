@@ -138,7 +138,9 @@ impl Vm {
 
     fn age(&self, hva: &Range<u64>, forget: bool) -> bool {
         let _rcu = crossbeam_epoch::pin();
-        let roots = self.mmu.roots(RootTypes::DIRECT);
+        let roots = self
+            .mmu
+            .roots_to_age(self.mmu.filter_to_root_types(Filter::SHARED));
         let mut young = false;
         for gfns in self.gfns_of(hva) {
             for &root in &roots {

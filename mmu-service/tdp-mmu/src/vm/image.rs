@@ -44,12 +44,16 @@ impl Vm {
         }
         let vcpu = self.vcpu(vcpu_id)?;
         let _slots = lock(&self.slots_lock);
-        let mut run = lock(&vcpu.run);
+        let vcpus = self.vcpus.load_full();
+        let mut stopped: Vec<_> = vcpus.iter().map(|vcpu| lock(&vcpu.run)).collect();
+        let run = stopped
+            .get_mut(vcpu_id as usize)
+            .ok_or(VmError::NoVcpu(vcpu_id))?;
         self.alive()?;
         self.needs("KVM_TDX_INIT_MEM_REGION", TdState::Initialized)?;
-        self.initialized(&vcpu, &run, "KVM_TDX_INIT_MEM_REGION")?;
+        self.initialized(&vcpu, run, "KVM_TDX_INIT_MEM_REGION")?;
         let pages = self.image_pages(&range)?;
-        let roots = self.roots_of(&vcpu, &mut run)?;
+        let roots = self.roots_of(&vcpu, run)?;
         let mirror = roots.mirror.ok_or_else(|| out_of_memory(&self.host))?;
         let mut seam = self.seam(vcpu.lp);
         let _population = lock(&self.gmem_lock);

@@ -44,6 +44,8 @@ pub(super) struct Resolved {
 /// The answer without a walk.
 pub(super) enum Early {
     Ret(RetPf),
+    /// The slot is on its way out: back to the vCPU loop.
+    SlotGoing,
     /// The host has to copy the page first.
     CopyOnWrite(Arc<Slot>),
     Error(VmError),
@@ -113,7 +115,7 @@ impl Vm {
         if slot.is_going() {
             return Err(match prefetch {
                 true => VmError::SlotGoing(gfn.base()).into(),
-                false => Early::Ret(RetPf::Retry),
+                false => Early::SlotGoing,
             });
         }
         if self.invalidation.retry(seq, gfn) {

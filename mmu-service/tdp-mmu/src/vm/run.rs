@@ -453,6 +453,14 @@ impl Runner<'_> {
                     thread::yield_now();
                     return Ok(());
                 }
+                if result.rax == EPT_VIOLATION {
+                    // The module's zero-step defence: an exit as if the guest had touched the page again.
+                    return self.fault(Fault {
+                        gpa: result.r8,
+                        qualification: result.rcx,
+                        extended: result.rdx,
+                    });
+                }
                 let leaf = Leaf::VP_ENTER;
                 Err(RunExit::Failed(VmError::Refused { leaf, status }))
             }

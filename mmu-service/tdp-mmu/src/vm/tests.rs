@@ -9,8 +9,10 @@ use super::resolve::Early;
 use super::wanted::{GuestWalk, Wanted};
 use super::*;
 use crate::bugs::Check;
+use crate::common::port::{Rule, When};
 use crate::common::{self, Rig};
 use crate::error::errno;
+use crate::memory::slots::SlotSpec;
 use crate::mmu::direct::{DirectFault, Installed, Target};
 use crate::mmu::mirror::{Begin, Depth};
 use crate::mmu::removal::ExternalOp;
@@ -100,13 +102,10 @@ fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
         .resolve(&wanted(GFN, Visibility::Private, false))
         .err()
         .unwrap();
-    assert!(matches!(early, Early::Ret(RetPf::Retry)));
+    assert!(matches!(early, Early::SlotGoing));
     let report = vm.handle_fault(0, common::private(1)).unwrap();
-    assert_eq!(
-        report.ret_pf,
-        RetPf::Retry,
-        "the budget of local retries ends"
-    );
+    assert_eq!(report.ret_pf, RetPf::Retry);
+    assert_eq!(report.counts.pf_taken, 1, "not retried here");
     let error = vm
         .pre_fault_memory(0, 0x1000, 0x1000, &mut |_| {})
         .unwrap_err();
@@ -212,7 +211,7 @@ fn x03_a_mirror_leaf_made_present_by_force_loses_the_old_page() {
     let held = vm.mmu.lock.write();
     vm.mmu
         .set_spte(&held, &step, GFN, step.spte & !spte::WRITE, &mut ops);
-    vm.carry_out(&mut vm.seam(0), &ops).unwrap();
+    vm.carry_out(&held, &mut vm.seam(0), &ops).unwrap();
     drop(held);
     assert_eq!(checks(&vm), [Check::B11]);
     assert_eq!(leaves(&rig), REMOVAL);
@@ -229,7 +228,7 @@ fn x04_a_private_table_is_not_freed_while_a_key_is_assigned() {
     let held = vm.mmu.lock.write();
     vm.mmu
         .set_spte(&held, &table, Gfn::new(0), spte::NP, &mut ops);
-    vm.carry_out(&mut vm.seam(0), &ops).unwrap();
+    vm.carry_out(&held, &mut vm.seam(0), &ops).unwrap();
     drop(held);
     assert_eq!(checks(&vm), [Check::B31, Check::B14]);
     assert_eq!(leaves(&rig), REMOVAL, "the leaf goes, the table is leaked");
@@ -246,7 +245,7 @@ fn t07_a_leaf_left_behind_the_key_is_a_bug() {
     let mut ops = Vec::new();
     let held = vm.mmu.lock.write();
     vm.mmu.zap_leafs(&held, root, 0..16, u64::MAX, &mut ops);
-    vm.carry_out(&mut vm.seam(0), &ops).unwrap();
+    vm.carry_out(&held, &mut vm.seam(0), &ops).unwrap();
     drop(held);
     assert_eq!(checks(&vm), [Check::B30], "key id {hkid} was gone");
     assert_eq!(leaves(&rig), []);
@@ -255,6 +254,58 @@ fn t07_a_leaf_left_behind_the_key_is_a_bug() {
         spte::NP,
         "the mirror is cleared"
     );
+}
+
+#[test]
+fn b26_a_root_that_somebody_keeps_is_noticed_at_the_end() {
+    let (_rig, vm) = e4(Mode::Batched);
+    let root = vm.mmu.root_of(RootKind::Direct).unwrap();
+    assert!(vm.mmu.get_root(root));
+    vm.destroy().unwrap();
+    assert_eq!(checks(&vm), [Check::B26]);
+    assert!(!vm.bugs().is_bugged(), "WARN, not BUG");
+}
+
+#[test]
+fn b28_the_leaf_hook_wants_a_present_entry_with_all_rights() {
+    let (rig, vm) = e4(Mode::Batched);
+    let traits = LeafTraits {
+        map_writable: true,
+        prefetch: false,
+    };
+    let leaf = spte::leaf_4k(Pfn::new(7), traits);
+    let set = |spte| {
+        [ExternalOp::SetSpte {
+            gfn: GFN,
+            level: Level::L4K,
+            spte,
+        }]
+    };
+    let mut seam = vm.seam(0);
+    assert!(vm.hooks().would_call(&mut seam, &set(leaf)));
+    assert_eq!(checks(&vm), []);
+    for (case, spte) in [
+        ("not writable", leaf & !spte::WRITE),
+        ("not present", leaf & !spte::MMU_PRESENT),
+    ] {
+        assert!(vm.hooks().would_call(&mut seam, &set(spte)), "{case}");
+    }
+    assert_eq!(checks(&vm), [Check::B28, Check::B28]);
+    assert!(!vm.bugs().is_bugged(), "WARN, not BUG");
+    assert_eq!(leaves(&rig), [], "nothing was sent");
+}
+
+#[test]
+fn b35_a_vcpu_that_was_not_flushed_is_not_freed() {
+    let (rig, vm) = e4(Mode::Kernel);
+    // The key goes behind the back of the VM's end, which therefore flushes nobody.
+    vm.td.release_hkid().unwrap();
+    let (_, leaked) = vm.destroy().unwrap();
+    assert_eq!(checks(&vm), [Check::B35]);
+    assert!(vm.bugs().is_bugged());
+    let tdvps = rig.host.platform().tdvps_pages;
+    assert!(leaked >= tdvps as u64, "{leaked} of at least {tdvps}");
+    assert!(!leaves(&rig).contains(&Leaf::VP_FLUSH));
 }
 
 #[test]
@@ -274,6 +325,114 @@ fn z28_a_generation_that_comes_round_zaps_everything_shared() {
     vm.set_user_memory_region(common::user_slot(2, 0x9_0000, 16))
         .unwrap();
     assert_eq!(vm.roots()[0].role, 0x3F84, "no second zap");
+}
+
+/// An invalidation of some ranges in progress; mmu_lock is free.
+fn begin_invalidation(vm: &Vm, ranges: &[std::ops::Range<u64>]) {
+    let held = vm.mmu.lock.write();
+    vm.invalidation.begin(&held);
+    ranges
+        .iter()
+        .for_each(|range| vm.invalidation.range_add(&held, range));
+}
+
+#[test]
+fn c09_a_fault_outside_an_invalidation_goes_on() {
+    for mode in [Mode::Kernel, Mode::Batched] {
+        let (rig, vm) = e4(mode);
+        begin_invalidation(&vm, std::slice::from_ref(&(0x100..0x200)));
+        let report = vm.handle_fault(0, common::private(1)).unwrap();
+        assert_eq!((report.ret_pf, report.counts.pf_taken), (RetPf::Fixed, 1));
+        let path = [
+            Leaf::MEM_SEPT_ADD,
+            Leaf::MEM_SEPT_ADD,
+            Leaf::MEM_SEPT_ADD,
+            Leaf::MEM_PAGE_AUG,
+        ];
+        assert_eq!(leaves(&rig), path);
+        vm.invalidation.end(&vm.mmu.lock.write());
+    }
+}
+
+#[test]
+fn c10_a_fault_between_two_ranges_of_one_invalidation_starts_over() {
+    for mode in [Mode::Kernel, Mode::Batched] {
+        let (rig, vm) = e4(mode);
+        begin_invalidation(&vm, &[0..9, 100..109]);
+        // An event ends the retries.
+        vm.queue_event(0).unwrap();
+        let report = vm.handle_fault(0, common::private(50)).unwrap();
+        assert_eq!((report.ret_pf, report.counts.pf_taken), (RetPf::Retry, 1));
+        assert_eq!(leaves(&rig), []);
+        vm.invalidation.end(&vm.mmu.lock.write());
+        let report = vm.handle_fault(0, common::private(50)).unwrap();
+        assert_eq!(report.ret_pf, RetPf::Fixed);
+    }
+}
+
+/// A vCPU that faults on frame 1, whose AUG never gets through, while `act` happens inside the
+/// first AUG; what the fault came to.
+fn during_local_retry(
+    rig: &Rig,
+    vm: &Vm,
+    act: impl FnOnce(),
+) -> Result<crate::FaultReport, VmError> {
+    rig.port.inject(Rule::busy(Leaf::MEM_PAGE_AUG, u32::MAX));
+    let gate = rig.port.gate(Leaf::MEM_PAGE_AUG, None, When::Before);
+    std::thread::scope(|scope| {
+        let fault = scope.spawn(|| vm.handle_fault(0, common::private(1)));
+        gate.wait_for_arrival();
+        act();
+        gate.open();
+        fault.join().unwrap()
+    })
+}
+
+const BUSY_ONCE: [Leaf; 4] = [
+    Leaf::MEM_SEPT_ADD,
+    Leaf::MEM_SEPT_ADD,
+    Leaf::MEM_SEPT_ADD,
+    Leaf::MEM_PAGE_AUG,
+];
+
+#[test]
+fn c20_a_fault_in_local_retry_lets_the_deletion_of_its_slot_pass() {
+    for mode in [Mode::Kernel, Mode::Batched] {
+        let (rig, vm) = e4(mode);
+        let (rig, vm) = (&rig, &vm);
+        std::thread::scope(|scope| {
+            let slot = vm.slots.by_id(0).unwrap();
+            let mut deletion = None;
+            let report = during_local_retry(rig, vm, || {
+                let delete = || vm.set_user_memory_region(SlotSpec::default());
+                deletion = Some(scope.spawn(delete));
+                while !slot.is_going() {
+                    std::thread::yield_now();
+                }
+            });
+            assert_eq!(report.unwrap().ret_pf, RetPf::Retry);
+            deletion.unwrap().join().unwrap().unwrap();
+        });
+        assert_eq!(leaves(rig), BUSY_ONCE, "{mode:?}: none further");
+        let error = vm.handle_fault(0, common::private(1)).unwrap_err();
+        assert_eq!(error.errno(), errno::EFAULT);
+        assert_eq!(error.memory_fault().map(|record| record.flags), Some(8));
+        assert_eq!(leaves(rig), []);
+    }
+}
+
+#[test]
+fn c21_a_fault_in_local_retry_ends_with_the_vm() {
+    for mode in [Mode::Kernel, Mode::Batched] {
+        let (rig, vm) = e4(mode);
+        let report = during_local_retry(&rig, &vm, || {
+            vm.mmu
+                .bugs
+                .kill(Check::PendingAccess, || "elsewhere".into());
+        });
+        assert_eq!(report.unwrap_err().errno(), errno::EIO);
+        assert_eq!(leaves(&rig), BUSY_ONCE, "{mode:?}: none further");
+    }
 }
 
 #[test]

@@ -42,6 +42,9 @@ pub(crate) struct Vcpu {
 pub(crate) struct Run {
     /// TDVPR first, then the TDCX pages; none before KVM_TDX_INIT_VCPU.
     pub(crate) pages: Vec<Pfn>,
+    /// Whether a logical processor may hold its state (`vcpu->cpu != -1`): from KVM_TDX_INIT_VCPU
+    /// until it is flushed at the end of the VM.
+    pub(crate) is_associated: bool,
     /// `mmu.root.hpa`.
     pub(crate) root: Option<TableId>,
     /// `mmu.mirror_root_hpa`.
@@ -55,6 +58,12 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) fn tdvpr(&self) -> Pfn {
         self.pages.first().copied().unwrap_or_default()
+    }
+
+    /// The vCPU has been through KVM_TDX_INIT_VCPU.
+    fn became_known(&mut self, pages: Vec<Pfn>) {
+        self.pages = pages;
+        self.is_associated = true;
     }
 
     /// Whether the vCPU has been through KVM_TDX_INIT_VCPU.
@@ -75,9 +84,12 @@ impl Vm {
             self.publish_vcpu(vcpu);
             return Ok((id, Counts::default()));
         }
+        let vcpus = self.vcpus.load_full();
+        let _stopped: Vec<_> = vcpus.iter().map(|vcpu| lock(&vcpu.run)).collect();
         self.needs("KVM_TDX_INIT_VCPU", TdState::Initialized)?;
         let vcpu = self.new_vcpu()?;
-        let counts = self.init_new_vcpu(&vcpu)?;
+        let (pages, counts) = self.init_new_vcpu(&vcpu)?;
+        lock(&vcpu.run).became_known(pages);
         let id = vcpu.id;
         self.publish_vcpu(vcpu);
         Ok((id, counts))
@@ -102,12 +114,21 @@ impl Vm {
     pub fn init_vcpu(&self, vcpu_id: u32) -> Result<Counts, VmError> {
         let _slots = lock(&self.slots_lock);
         self.alive()?;
-        let vcpu = self.vcpu(vcpu_id)?;
+        let vcpus = self.vcpus.load_full();
+        let mut stopped: Vec<_> = vcpus.iter().map(|vcpu| lock(&vcpu.run)).collect();
+        let (Some(vcpu), Some(run)) = (
+            vcpus.get(vcpu_id as usize),
+            stopped.get_mut(vcpu_id as usize),
+        ) else {
+            return Err(VmError::NoVcpu(vcpu_id));
+        };
         self.needs("KVM_TDX_INIT_VCPU", TdState::Initialized)?;
-        if lock(&vcpu.run).is_initialized() {
+        if run.is_initialized() {
             return Err(VmError::VcpuInitialized(vcpu_id));
         }
-        self.init_new_vcpu(&vcpu)
+        let (pages, counts) = self.init_new_vcpu(vcpu)?;
+        run.became_known(pages);
+        Ok(counts)
     }
 
     fn new_vcpu(&self) -> Result<Vcpu, VmError> {
@@ -119,6 +140,7 @@ impl Vm {
         let id = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
         let run = Run {
             pages: Vec::new(),
+            is_associated: false,
             root: None,
             mirror_root: None,
             counts: Counts::default(),
@@ -139,8 +161,9 @@ impl Vm {
         self.vcpus.store(Arc::new(longer));
     }
 
-    /// tdx_td_vcpu_init; the caller holds slots_lock.
-    fn init_new_vcpu(&self, vcpu: &Vcpu) -> Result<Counts, VmError> {
+    /// tdx_td_vcpu_init: the pages that the module has now. The caller holds slots_lock and the
+    /// mutexes of all vCPUs.
+    fn init_new_vcpu(&self, vcpu: &Vcpu) -> Result<(Vec<Pfn>, Counts), VmError> {
         let pages = self
             .host
             .memory
@@ -176,8 +199,7 @@ impl Vm {
                 .err()
                 .unwrap_or(VmError::NoVcpu(vcpu.id)));
         }
-        lock(&vcpu.run).pages = pages;
-        Ok(self.finish(seam))
+        Ok((pages, self.finish(seam)))
     }
 
     /// kvm_mmu_load: makes or reuses the mirror root, then the direct root, and tells the module
@@ -211,13 +233,15 @@ impl Vm {
         vcpu: &Vcpu,
         run: &mut MutexGuard<'_, Run>,
     ) -> Result<Counts, VmError> {
+        // The vCPU's own reference keeps its root: whether it is obsolete can be read without
+        // mmu_lock, and a vCPU whose roots are loaded enters while others hold the write side.
+        if run.root.is_some_and(|root| !self.mmu.is_obsolete(root)) {
+            return Ok(Counts::default());
+        }
         {
             let _held = self.mmu.lock.read(vcpu.id);
-            match run.root {
-                Some(root) if self.mmu.is_obsolete(root) => self.unload(run),
-                Some(_) => return Ok(Counts::default()),
-                None => {}
-            }
+            // Obsolete.
+            self.unload(run);
             if run.mirror_root.is_none() && self.is_td() {
                 run.mirror_root = self.mmu.alloc_root(RootKind::Mirror);
             }

@@ -1,6 +1,7 @@
 //! A host, a VM and the real module core in one process, for tests of the public face.
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
+pub(crate) mod gate;
 pub(crate) mod guest;
 pub(crate) mod port;
 pub(crate) mod state;
@@ -87,7 +88,11 @@ impl Default for Rig {
 
 impl Rig {
     pub(crate) fn new() -> Self {
-        let config = platform_config();
+        Self::on(platform_config())
+    }
+
+    /// On another platform.
+    pub(crate) fn on(config: PlatformConfig) -> Self {
         let host = Host::new(platform_of(&config)).unwrap();
         let module = Arc::new(Module::new(config).unwrap());
         let port = Arc::new(Port::new(Arc::clone(&module)));

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::gate::Gate;
+
 use tdp_mmu::{Batch, SeamError, SeamPort, Ticket};
 use tdx_defs::{CompletionStatus, Leaf, Seamcall, SeamcallResult};
 use tdx_module::{LpId, Module};
@@ -64,6 +66,54 @@ impl Rule {
     }
 }
 
+/// When a hook acts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum When {
+    /// Before the module sees the call.
+    Before,
+    /// When it has answered, before the caller knows.
+    Answered,
+}
+
+/// One call of a leaf at which a test does something, in the thread that makes the call.
+pub(crate) struct Hook {
+    leaf: Leaf,
+    /// Only calls with this RCX.
+    rcx: Option<u64>,
+    /// Calls that pass first.
+    skip: u32,
+    when: When,
+    act: Act,
+}
+
+type Act = Box<dyn FnOnce() + Send>;
+
+impl Hook {
+    /// Acts at the next call of `leaf`.
+    pub(crate) fn at(leaf: Leaf, when: When, act: impl FnOnce() + Send + 'static) -> Self {
+        Self {
+            leaf,
+            rcx: None,
+            skip: 0,
+            when,
+            act: Box::new(act),
+        }
+    }
+
+    /// Only at a call with this RCX.
+    pub(crate) fn rcx(self, rcx: u64) -> Self {
+        Self {
+            rcx: Some(rcx),
+            ..self
+        }
+    }
+
+    /// Lets so many calls pass first.
+    pub(crate) fn skip(self, skip: u32) -> Self {
+        Self { skip, ..self }
+    }
+}
+
 /// Calls of one leaf that succeeded.
 const LEAVES: usize = 64;
 
@@ -72,6 +122,8 @@ pub(crate) struct Port {
     log: Mutex<Vec<Call>>,
     recording: AtomicBool,
     rules: Mutex<Vec<Rule>>,
+    hooks: Mutex<Vec<Hook>>,
+    /// Whether there are rules or hooks.
     any_rules: AtomicBool,
     batches: AtomicU64,
     succeeded: [AtomicU64; LEAVES],
@@ -89,6 +141,7 @@ impl Port {
             log: Mutex::default(),
             recording: AtomicBool::new(true),
             rules: Mutex::default(),
+            hooks: Mutex::default(),
             any_rules: AtomicBool::new(false),
             batches: AtomicU64::new(0),
             succeeded: [const { AtomicU64::new(0) }; LEAVES],
@@ -100,9 +153,25 @@ impl Port {
         self.any_rules.store(true, Ordering::SeqCst);
     }
 
-    /// Forgets the rules; how many had something left to spoil.
+    /// Does something at a call.
+    pub(crate) fn hook(&self, hook: Hook) {
+        lock(&self.hooks).push(hook);
+        self.any_rules.store(true, Ordering::SeqCst);
+    }
+
+    /// Holds the next call of `leaf` with this RCX, if one is given, until the gate is opened.
+    pub(crate) fn gate(&self, leaf: Leaf, rcx: Option<u64>, when: When) -> Arc<Gate> {
+        let gate = Arc::new(Gate::default());
+        let passing = Arc::clone(&gate);
+        let hook = Hook::at(leaf, when, move || passing.pass());
+        self.hook(Hook { rcx, ..hook });
+        gate
+    }
+
+    /// Forgets hooks and rules; how many rules had something left to spoil.
     pub(crate) fn clear_rules(&self) -> usize {
         self.any_rules.store(false, Ordering::SeqCst);
+        lock(&self.hooks).clear();
         let rules = std::mem::take(&mut *lock(&self.rules));
         rules
             .iter()
@@ -113,6 +182,11 @@ impl Port {
     /// Whether calls are kept; counts are in any case.
     pub(crate) fn record(&self, on: bool) {
         self.recording.store(on, Ordering::SeqCst);
+    }
+
+    /// Whether a call of `leaf` has been answered since the calls were last taken.
+    pub(crate) fn has_called(&self, leaf: Leaf) -> bool {
+        lock(&self.log).iter().any(|call| call.leaf == leaf)
     }
 
     /// The calls since the last time, in order, runs expanded.
@@ -182,6 +256,7 @@ impl Port {
     }
 
     fn run_single(&self, lp: LpId, call: &Seamcall) -> Result<SeamcallResult, Cut> {
+        self.act(call, When::Before);
         let effect = self.effect_on(call);
         let result = match effect {
             Some(Effect::LoseCall) => return Err(Cut::Unknown),
@@ -211,10 +286,37 @@ impl Port {
                 status,
             });
         }
+        self.act(call, When::Answered);
         match effect {
             Some(Effect::LoseAnswer) => Err(Cut::Unknown),
             _ => Ok(result),
         }
+    }
+
+    /// Does what is to be done at this call.
+    fn act(&self, call: &Seamcall, when: When) {
+        if !self.any_rules.load(Ordering::SeqCst) {
+            return;
+        }
+        let mut due = Vec::new();
+        {
+            let mut hooks = lock(&self.hooks);
+            let mut at = 0;
+            while at < hooks.len() {
+                let hook = &mut hooks[at];
+                let meant = hook.leaf == call.leaf
+                    && hook.when == when
+                    && hook.rcx.is_none_or(|rcx| rcx == call.rcx);
+                if meant && hook.skip == 0 {
+                    due.push(hooks.remove(at).act);
+                    continue;
+                }
+                hook.skip -= u32::from(meant);
+                at += 1;
+            }
+        }
+        // Nothing is locked: the call may wait here while others go on.
+        due.into_iter().for_each(|act| act());
     }
 
     fn count(&self, leaf: Leaf, good: u32) {

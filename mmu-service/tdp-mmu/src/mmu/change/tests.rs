@@ -241,3 +241,24 @@ fn a_mirror_table_removed_under_the_read_side_is_a_bug() {
         [ExternalOp::RemoveSpte { .. }, ExternalOp::FreeSpt { .. }]
     ));
 }
+
+#[test]
+fn b25_an_entry_that_could_raise_ve_by_mistake_is_warned_about() {
+    let (mmu, _, step) = mapped(RootKind::Direct);
+    let mmio = |is_td| spte::mmio(0x1000, 0, is_td);
+    for (case, new, warned) in [
+        ("leaf", leaf(7), false),
+        ("nothing", spte::NP, false),
+        ("FROZEN", spte::FROZEN, false),
+        ("MMIO of a TD", mmio(true), false),
+        ("MMIO of an ordinary VM", mmio(false), false),
+        ("leaf without bit 63", leaf(7) & !spte::SUPPRESS_VE, true),
+    ] {
+        let before = checks(&mmu).len();
+        mmu.store(step.slot, new);
+        let after = checks(&mmu);
+        assert_eq!(after.len() - before, usize::from(warned), "{case}");
+        assert!(after.iter().all(|check| *check == Check::B25));
+    }
+    assert!(!mmu.bugs.is_bugged());
+}

@@ -154,3 +154,26 @@ fn one_step_at_a_time_holds_one_entry() {
         Begin::Mapped { .. }
     ));
 }
+
+#[test]
+fn c05_whoever_loses_an_entry_gives_its_table_back_and_calls_nobody() {
+    let (mmu, root) = mmu();
+    let spare = |mmu: &Mmu| {
+        let pages = mmu.drain_external();
+        pages.iter().for_each(|&page| mmu.give_external(page));
+        pages.len()
+    };
+    let stale = mmu.path(root, Gfn::new(2))[0];
+    assert_eq!(stale.spte, spte::NP, "read before the other one");
+    let first = held(mmu.begin(root, Gfn::new(1), leaf(7), Depth::One));
+    let (tables, pages) = (mmu.arena.bytes(), spare(&mmu));
+    let second = mmu.begin_chain(&stale, Gfn::new(2), leaf(8), Depth::One);
+    assert!(matches!(second, Begin::Lost));
+    assert_eq!(mmu.read(stale.slot), spte::FROZEN, "still the first one's");
+    assert_eq!((mmu.arena.bytes(), spare(&mmu)), (tables, pages));
+    let _ = first.settle(1, 0);
+    let again = held(mmu.begin(root, Gfn::new(2), leaf(8), Depth::One));
+    assert_eq!(again.links(), 1, "one level further down");
+    drop(again);
+    assert_eq!(mmu.bugs.reports(), []);
+}

@@ -99,3 +99,37 @@ fn an_invalid_root_goes_with_its_last_user() {
     assert_eq!(mmu.listed_roots(), [direct, mirror]);
     assert!(!mmu.bugs.is_bugged());
 }
+
+fn checks(mmu: &Mmu) -> Vec<Check> {
+    let reports = mmu.bugs.reports();
+    reports.into_iter().map(|(check, _)| check).collect()
+}
+
+#[test]
+fn b4_invalid_roots_are_not_invalidated_again() {
+    let (mmu, [_, direct, invalid]) = during_a_fast_zap();
+    let types = RootTypes::DIRECT.with(RootTypes::INVALID);
+    assert_eq!(mmu.invalidate_roots(types), [direct], "not {invalid:?}");
+    assert_eq!(checks(&mmu), [Check::B4]);
+    assert!(!mmu.bugs.is_bugged());
+}
+
+#[test]
+fn b5_a_valid_root_is_not_zapped_for_good() {
+    let (mmu, [_, direct, invalid]) = during_a_fast_zap();
+    drop(mmu.zap_root_shared(mmu.lock.read(0), invalid));
+    assert_eq!(checks(&mmu), []);
+    drop(mmu.zap_root_shared(mmu.lock.read(0), direct));
+    assert_eq!(checks(&mmu), [Check::B5]);
+    assert!(mmu.bugs.is_bugged());
+}
+
+#[test]
+fn b23_invalid_roots_are_not_aged() {
+    let (mmu, [_, direct, _]) = during_a_fast_zap();
+    assert_eq!(mmu.roots_to_age(RootTypes::DIRECT), [direct]);
+    assert_eq!(checks(&mmu), []);
+    mmu.roots_to_age(RootTypes::ALL);
+    assert_eq!(checks(&mmu), [Check::B23]);
+    assert!(!mmu.bugs.is_bugged());
+}

@@ -29,6 +29,8 @@ pub(crate) struct World {
     destroyed: bool,
     /// Tracepoints of the last action.
     events: Vec<Event>,
+    /// The calls of every action.
+    made: Vec<String>,
 }
 
 /// What `do` changes is measured against this.
@@ -74,11 +76,17 @@ impl World {
             reclaimed: Vec::new(),
             destroyed: false,
             events: Vec::new(),
+            made: Vec::new(),
         }
     }
 
     fn vm(&self) -> &Vm {
         self.vm.as_ref().expect("a row starts with its base")
+    }
+
+    /// The calls that the actions made.
+    pub(crate) fn take_calls(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.made)
     }
 
     /// One line of a row.
@@ -237,6 +245,7 @@ impl World {
             .iter()
             .map(|call| calls::short(call, global, shift))
             .collect();
+        self.made.extend(self.before.calls.iter().cloned());
         same(result.as_str(), expected).map_err(|why| {
             format!(
                 "{why}; {:?}",
@@ -347,6 +356,7 @@ impl World {
             ["unload", id] => vm.unload_mmu(number(id)).map(|()| "ok".into()),
             ["finalize"] => vm.finalize().map(|(_, counts)| ok(counts)),
             ["zap-fast"] => vm.zap_all_fast().map(|()| "ok".into()),
+            ["queue-event", id] => vm.queue_event(number(id)).map(|()| "ok".into()),
             ["release"] => vm.release_user_memory().map(|()| "ok".into()),
             ["destroy"] => {
                 let destroyed = vm.destroy().map(|(_, leaked)| match leaked {

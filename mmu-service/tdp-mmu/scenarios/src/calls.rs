@@ -105,6 +105,7 @@ pub(crate) fn fold(calls: &[String]) -> String {
     shown.collect::<Vec<_>>().join(" ")
 }
 
+#[cfg(test)]
 #[test]
 fn groups_expand() {
     let calls = expand("SA1 AUG(busy) (BLK TRK)*2 RCL*3");
