@@ -73,6 +73,9 @@ impl Tracer {
             "tdx.status",
             field::display(format_args!("{:#018x}", result.rax)),
         );
+        if let Some(operand) = result.status().named_operand() {
+            span.record("tdx.operand_id", field::display(operand));
+        }
         if call.repeat.is_some() {
             span.record("tdx.completed", result.completed);
         }
@@ -92,6 +95,7 @@ impl Tracer {
             kvm.gfn = gfn,
             tdx.repeat.count = call.repeat.map(|repeat| repeat.count),
             tdx.status = field::Empty,
+            tdx.operand_id = field::Empty,
             tdx.completed = field::Empty,
         )
     }

@@ -76,10 +76,13 @@ pub(super) fn tell_fault(
                 KeyValue::new("tdx.messages", number(report.counts.rpcs)),
             ]);
             let calls = report.seamcalls.iter().map(|(leaf, status)| {
-                let call = vec![
+                let mut call = vec![
                     KeyValue::new("tdx.seamcall.leaf", leaf.to_string()),
                     KeyValue::new("tdx.status", format!("{:#018x}", status.0)),
                 ];
+                if let Some(operand) = status.named_operand() {
+                    call.push(KeyValue::new("tdx.operand_id", operand.to_string()));
+                }
                 ("seamcall", call)
             });
             (if busy { "busy" } else { "slow" }, calls.collect(), None)

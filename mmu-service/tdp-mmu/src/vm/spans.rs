@@ -30,6 +30,7 @@ pub(super) fn retry(gfn: Gfn, tries: u32, busy: Option<(Leaf, CompletionStatus)>
                 kvm.retry.count = tries,
                 tdx.seamcall.leaf = %leaf,
                 tdx.status = %format_args!("{:#018x}", status.0),
+                tdx.operand_id = status.named_operand().map(field::display),
             },
             "busy"
         ),
