@@ -48,7 +48,7 @@ pub(crate) async fn handle_fault(
     let (span, untraced) = if in_rpc_span || watch.is_some() {
         (fault_span(entry.id, vcpu, gfn), None)
     } else {
-        (Span::none(), Some(Untraced::begin("handle_fault", caller)))
+        (Span::none(), Untraced::begin("handle_fault", caller))
     };
     if !in_rpc_span {
         telemetry::set_remote_parent(&span, caller);
@@ -222,7 +222,7 @@ async fn answer_batch(
         traced::link_faults(&span, &links);
         (span, None)
     } else {
-        (Span::none(), Some(Untraced::begin("handle_faults", parent)))
+        (Span::none(), Untraced::begin("handle_faults", parent))
     };
     let count = faults.len();
     let (layout, metrics) = (entry.layout, Arc::clone(&shell.metrics));

@@ -22,7 +22,7 @@ pub struct Untraced {
     name: &'static str,
     started: SystemTime,
     clock: Instant,
-    parent: Option<SpanContext>,
+    traceparent: String,
 }
 
 /// What a late span tells.
@@ -39,13 +39,19 @@ pub struct Account {
 }
 
 impl Untraced {
-    /// Work that begins now. `traceparent` of the caller may be empty, and need not be sampled.
-    pub fn begin(name: &'static str, traceparent: &str) -> Self {
+    /// Work that begins now; `None` while spans are not exported. `traceparent` of the caller may
+    /// be empty, and need not be sampled.
+    pub fn begin(name: &'static str, traceparent: &str) -> Option<Self> {
+        crate::is_recording().then(|| Self::now(name, traceparent))
+    }
+
+    fn now(name: &'static str, traceparent: &str) -> Self {
         Self {
             name,
             started: SystemTime::now(),
             clock: Instant::now(),
-            parent: crate::context::parse(traceparent),
+            // Read only if there is something to tell.
+            traceparent: traceparent.to_owned(),
         }
     }
 
@@ -54,17 +60,15 @@ impl Untraced {
         self.clock.elapsed()
     }
 
-    /// Makes the span of work that ends now. Nothing happens while spans are not exported.
+    /// Makes the span of work that ends now.
     pub fn tell(self, account: Account) {
-        if crate::is_recording() {
-            self.tell_with(&global::tracer_provider().tracer("late"), account);
-        }
+        self.tell_with(&global::tracer_provider().tracer("late"), account);
     }
 
     fn tell_with<T: Tracer>(self, tracer: &T, account: Account) {
         let ended = self.started + self.clock.elapsed();
         let base = Context::new();
-        let context = match self.parent {
+        let context = match crate::context::parse(&self.traceparent) {
             // The caller did not ask for its trace to be kept; this part of it is, under its id.
             Some(parent) => base.with_remote_span_context(SpanContext::new(
                 parent.trace_id(),
@@ -121,7 +125,7 @@ mod tests {
                 .with_simple_exporter(exporter.clone())
                 .build();
             let before = SystemTime::now();
-            let untraced = Untraced::begin("handle_fault", &traceparent);
+            let untraced = Untraced::now("handle_fault", &traceparent);
             let account = Account {
                 reason: "busy",
                 attributes: vec![KeyValue::new("kvm.gfn", "0x1")],
