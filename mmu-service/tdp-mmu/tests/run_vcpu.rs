@@ -6,9 +6,10 @@ use common::guest::Guest;
 use common::state::check_invariants;
 use common::{Rig, shared_bit};
 use tdp_mmu::{
-    GuestOp, GuestStep, Mode, Resumed, RunExit, RunReport, RunRequest, Vm, VmConfig, errno,
+    Entry, GuestOp, GuestPort, GuestStep, Mode, Resumed, RunExit, RunReport, RunRequest, SeamError,
+    Vm, VmConfig, errno,
 };
-use tdx_defs::{Gpa, Gpaw, Gpr, Gprs, GuestLeaf, Leaf, TdAttributes, TdxLevel};
+use tdx_defs::{Gpa, Gpaw, Gpr, Gprs, GuestLeaf, Leaf, Seamcall, TdAttributes, TdxLevel};
 use tdx_module::Violations;
 
 const MODES: [Mode; 2] = [Mode::Kernel, Mode::Batched];
@@ -51,7 +52,7 @@ fn vmcall(r11: u64, r12: u64, r13: u64) -> GuestOp {
     }
 }
 
-fn go(vm: &Vm, guest: &mut Guest, ops: Vec<GuestOp>) -> RunReport {
+fn go(vm: &Vm, guest: &mut dyn GuestPort, ops: Vec<GuestOp>) -> RunReport {
     let request = RunRequest { ops, answer: 0 };
     vm.run_vcpu(0, guest, &request).unwrap()
 }
@@ -342,5 +343,50 @@ fn removals_under_a_running_guest_leave_no_stale_translation() {
         });
         assert_eq!(rig.module.violations(), Violations::default(), "{mode:?}");
         assert!(!vm.bugs().is_bugged(), "{:?}", vm.bugs().reports());
+    }
+}
+
+/// A guest that the host makes the direct root obsolete under, whenever it is inside.
+struct ZappedUnder<'a> {
+    guest: Guest,
+    vm: &'a Vm,
+}
+
+impl GuestPort for ZappedUnder<'_> {
+    fn enter(&mut self, lp: u32, call: Seamcall) -> Result<Entry, SeamError> {
+        self.guest.enter(lp, call)
+    }
+
+    fn play(&mut self, ops: &[GuestOp]) -> Result<Vec<GuestStep>, SeamError> {
+        let steps = self.guest.play(ops);
+        self.vm.zap_all_fast().unwrap();
+        steps
+    }
+
+    fn read_shared(&mut self, hpa: u64, len: usize) -> Result<Vec<u8>, SeamError> {
+        self.guest.read_shared(hpa, len)
+    }
+
+    fn write_shared(&mut self, hpa: u64, data: &[u8]) -> Result<(), SeamError> {
+        self.guest.write_shared(hpa, data)
+    }
+}
+
+/// TDH.VP.WR is busy while the vCPU is inside.
+#[test]
+fn a_vcpu_leaves_before_it_loads_a_new_root() {
+    for mode in MODES {
+        let rig = Rig::new();
+        let vm = rig.empty(mode, Gpaw::W48);
+        vm.set_memory_attributes(0x9000, 0x1000, 0).unwrap();
+        let shared = read(shared_bit(&vm) | 0x9000, 1);
+        let mut guest = ZappedUnder {
+            guest: Guest::new(&rig.module),
+            vm: &vm,
+        };
+        let ops = vec![accept(0x5000), shared.clone(), accept(0x6000), shared];
+        let report = go(&vm, &mut guest, ops);
+        assert_eq!((report.exit, report.done.len()), (RunExit::Done, 4));
+        assert_eq!(vm.bugs().reports(), []);
     }
 }

@@ -22,6 +22,7 @@ use super::{Fault, RetPf, Vm};
 use crate::counts::Counts;
 use crate::error::VmError;
 use crate::guest::{Entry, GuestOp, GuestPort, GuestStep, MAX_GUEST_ACCESS, Resumed};
+use crate::mmu::arena::TableId;
 use crate::mmu::spte::{self, Access};
 use crate::sync::{MutexGuard, lock, thread};
 
@@ -253,7 +254,7 @@ impl Runner<'_> {
     /// is one that had to be.
     fn shared(&mut self, op: &GuestOp, gpa: Gpa, access: Access) -> Flow {
         let (gfn, _) = self.vm.mmu.layout.split(gpa);
-        let Roots { direct, .. } = self.roots()?;
+        let direct = self.walked()?;
         let found = {
             let _rcu = crossbeam_epoch::pin();
             self.vm.mmu.last(direct, gfn)
@@ -397,6 +398,18 @@ impl Runner<'_> {
             Next::Exit(vmcall, exit) => {
                 self.run.vmcall = Some(vmcall);
                 Err(exit)
+            }
+        }
+    }
+
+    /// The direct root that the vCPU walks. While it is inside that is the one it entered with; a
+    /// new one is loaded outside, where nothing of the vCPU is held.
+    fn walked(&mut self) -> Result<TableId, RunExit> {
+        match self.run.root {
+            Some(root) if self.inside && !self.vm.mmu.is_obsolete(root) => Ok(root),
+            _ => {
+                self.leave()?;
+                Ok(self.roots()?.direct)
             }
         }
     }
