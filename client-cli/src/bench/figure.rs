@@ -16,7 +16,8 @@ pub struct Figure {
     ops: u64,
     ns_per_op: f64,
     floor_ns_per_op: f64,
-    rpcs: u64,
+    /// Messages to the module, where they are counted.
+    rpcs: Option<u64>,
     more: Map<String, Value>,
 }
 
@@ -54,19 +55,25 @@ impl Figure {
             ops,
             ns_per_op: median(samples.iter().map(|sample| sample.0)),
             floor_ns_per_op: median(samples.iter().map(|sample| sample.1)),
-            rpcs: 0,
+            rpcs: None,
             more: Map::new(),
         }
     }
 
     /// What the operations cost in calls and messages.
     pub(super) fn counts(mut self, tally: &Tally) -> Self {
-        self.rpcs = tally.rpcs;
+        self.rpcs = Some(tally.rpcs);
         for (name, value) in tally.to_json() {
             if name != "rpcs" {
                 self.more.insert(name, value);
             }
         }
+        self
+    }
+
+    /// Messages to the module.
+    pub(super) fn messages(mut self, rpcs: u64) -> Self {
+        self.rpcs = Some(rpcs);
         self
     }
 
@@ -121,7 +128,9 @@ impl Figure {
                 figure.floor.to_owned(),
                 format!("{:.1}", figure.floor_ns_per_op),
                 format!("{:.2}", figure.ratio()),
-                figure.rpcs.to_string(),
+                figure
+                    .rpcs
+                    .map_or_else(String::new, |rpcs| rpcs.to_string()),
             ]);
         }
         table.to_string()

@@ -50,6 +50,7 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
                 assert!(figure["rpcs"].as_u64().unwrap() <= 4, "{figure}");
             }
             "build" => assert_eq!(figure["seamcalls"]["TDH.MR.EXTEND"], 512 * 16),
+            "fault" => assert_eq!(figure["rpcs"], 100, "one message a fault"),
             "scale" => assert_eq!(figure["calls_per_page"], 1),
             _ => {}
         }
