@@ -479,9 +479,10 @@ fn health_checks_and_the_services_own_calls_make_no_traces() {
     let services = Services::start_with(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)]);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     for name in ["mmu", "module"] {
-        runtime
-            .block_on(transport::healthcheck(&services.url(name)))
-            .unwrap();
+        let url = services.url(name);
+        // The MMU service serves once it has found the module; each check is one more to see.
+        let serves = || runtime.block_on(transport::healthcheck(&url)).is_ok();
+        assert!((0..1_000).any(|_| serves()), "{name} does not serve");
     }
     drop(services);
     assert_eq!(receiver.spans.all(), []);
