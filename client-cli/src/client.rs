@@ -91,14 +91,7 @@ impl Client {
             Request<M>,
         ) -> Result<Response<T>, Status>,
     ) -> Result<T, Error> {
-        let request = with_deadline(message, self.limits.short);
-        wait(
-            call,
-            self.limits.short,
-            &self.stop,
-            send(self.mmu.clone(), request),
-        )
-        .await
+        self.within(self.limits.short, call, message, send).await
     }
 
     /// Waits for an answer that may take its time.
@@ -111,14 +104,22 @@ impl Client {
             Request<M>,
         ) -> Result<Response<T>, Status>,
     ) -> Result<T, Error> {
-        let request = with_deadline(message, self.limits.long);
-        wait(
-            call,
-            self.limits.long,
-            &self.stop,
-            send(self.mmu.clone(), request),
-        )
-        .await
+        self.within(self.limits.long, call, message, send).await
+    }
+
+    async fn within<M, T>(
+        &self,
+        limit: Duration,
+        call: &'static str,
+        message: M,
+        send: impl AsyncFnOnce(
+            MmuServiceClient<TracedChannel>,
+            Request<M>,
+        ) -> Result<Response<T>, Status>,
+    ) -> Result<T, Error> {
+        let request = with_deadline(message, limit);
+        let answer = send(self.mmu.clone(), request);
+        wait(call, limit, &self.stop, answer).await
     }
 
     /// Signals that end what is waited for.

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use tdp_mmu::{
-    Batch, Host, MemoryRange, Mode, Platform, SeamPort, SlotSpec, Ticket, Vm, VmConfig, VmError,
-};
+use tdp_mmu::{Batch, Host, Mode, SeamPort, SlotSpec, Ticket, Vm, VmConfig, VmError};
+use tdp_mmu_scenarios::platform_of;
 use tdx_module::{LpId, Module, PlatformConfig};
 
 use crate::error::Error;
@@ -72,35 +71,4 @@ impl Pair {
 /// Something that the benchmark itself relies on did not work.
 pub(super) fn bench_error(error: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::Bench(Box::new(error))
-}
-
-fn platform_of(config: &PlatformConfig) -> Platform {
-    let tdmrs = config.tdmrs.iter().filter(|tdmr| tdmr.initialized);
-    Platform {
-        tdmrs: tdmrs
-            .map(|tdmr| MemoryRange {
-                base: tdmr.base.get(),
-                size: tdmr.size,
-                reserved: tdmr
-                    .reserved
-                    .iter()
-                    .map(|area| (area.start, area.end - area.start))
-                    .collect(),
-            })
-            .collect(),
-        hkid_start: config.hkid_start.into(),
-        hkid_count: config.hkid_count.into(),
-        global_hkid: config.global_hkid.into(),
-        maxpa: config.maxpa.into(),
-        hkid_bits: config.hkid_bits.into(),
-        logical_processors: config.logical_processors,
-        packages: config.packages,
-        tdcs_pages: config.tdcs_pages.into(),
-        tdvps_pages: config.tdvps_pages.into(),
-        attributes_fixed0: config.attributes.fixed0,
-        attributes_fixed1: config.attributes.fixed1,
-        xfam_fixed0: config.xfam.fixed0,
-        xfam_fixed1: config.xfam.fixed1,
-        five_level: config.five_level,
-    }
 }

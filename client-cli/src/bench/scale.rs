@@ -48,8 +48,7 @@ pub(super) async fn run(plan: Plan, progress: &Progress) -> Result<Vec<Figure>, 
                 })
             })
             .await?;
-        let figure = Figure::new((name, "two vCPUs"), pages, &samples)
-            .with("calls_per_page", augs / pages.max(1));
+        let figure = Figure::new((name, "two vCPUs"), pages, &samples).with("augs", augs);
         figures.push(figure);
     }
     Ok(figures)

@@ -51,7 +51,13 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
             }
             "build" => assert_eq!(figure["seamcalls"]["TDH.MR.EXTEND"], 512 * 16),
             "fault" => assert_eq!(figure["rpcs"], 100, "one message a fault"),
-            "scale" => assert_eq!(figure["calls_per_page"], 1),
+            "scale" => {
+                let figures = figure["figures"].as_array().unwrap();
+                assert_eq!(figures.len(), 3);
+                for figure in figures {
+                    assert_eq!(figure["augs"], 1024, "one call a page: {figure}");
+                }
+            }
             _ => {}
         }
     }

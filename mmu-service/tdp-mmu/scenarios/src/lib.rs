@@ -50,6 +50,11 @@ const TABLES: [(&str, &str); 6] = [
 /// The group of the races.
 pub const RACES: &str = "races";
 
+/// What a host is told of a module in the same process.
+pub fn platform_of(config: &tdx_module::PlatformConfig) -> tdp_mmu::Platform {
+    common::platform_of(config)
+}
+
 /// A scenario by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scenario {
