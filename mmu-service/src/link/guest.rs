@@ -62,9 +62,9 @@ impl GuestLine {
         &mut self,
         work: impl AsyncFnOnce(&mut Open) -> Result<T, Status>,
     ) -> Result<T, SeamError> {
-        let io = self.link.io.clone();
+        let io = Arc::clone(&self.link.io);
         let limit = self.link.shared.config.rpc_deadline;
-        let outcome = io.block_on(async {
+        let outcome = io.drive(async {
             if self.open.is_none() {
                 self.open = Some(self.connect().await?);
             }

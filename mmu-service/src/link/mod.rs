@@ -1,9 +1,9 @@
 //! The module link: how the core's batches reach the TDX module and its answers come back.
 //!
-//! The core blocks, the transport does not: a thread of its own runs all I/O on a single-threaded
-//! runtime, and callers wait on a channel each. A batch takes one of two ways. `Via::Stream` goes
-//! to the lane of its logical processor, one long-lived stream with many batches under way
-//! ([`lane`]); `Via::Rpc` is a call of its own ([`unary`]).
+//! The core blocks, the transport does not: all I/O is on one single-threaded runtime, driven by
+//! the callers that wait ([`io`](self::io)). A batch takes one of two ways. `Via::Stream` goes to
+//! the lane of its logical processor, one long-lived stream with many batches under way ([`lane`]);
+//! `Via::Rpc` is a call of its own ([`unary`]).
 //!
 //! Invariants
 //! - K1  A batch runs at most once, whatever is lost on the way: it is sent again only under the
@@ -15,6 +15,7 @@
 mod attachment;
 mod connection;
 mod guest;
+mod io;
 mod lane;
 mod monitor;
 mod retry;
@@ -22,15 +23,14 @@ mod spans;
 mod unary;
 mod window;
 
-use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use mirror_proto::module::{ExecuteRequest, ExecuteResponse};
 use mirror_proto::seamcall_to_wire;
 use tdp_mmu::{Batch, HostError, SeamError, SeamPort, Ticket, Via};
 use tdx_defs::SeamcallResult;
+use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use transport::Address;
 
@@ -39,6 +39,7 @@ pub(crate) use guest::GuestLine;
 pub(crate) use retry::Budget;
 pub(crate) use spans::operation;
 
+use self::io::{Io, StandIn};
 use crate::metrics::{Flight, LinkMetrics, Summary};
 use attachment::Instances;
 use lane::Lane;
@@ -81,7 +82,7 @@ pub(crate) enum LinkError {
         module: Address,
         /// Why.
         #[source]
-        source: io::Error,
+        source: std::io::Error,
     },
     /// Somebody holds the socket and says nothing.
     #[error("the module at {module} does not answer within {limit:?}")]
@@ -139,7 +140,7 @@ struct Job {
 
 /// Where the answer goes. Holds the place in the window until then.
 struct Reply {
-    caller: SyncSender<Answer>,
+    caller: oneshot::Sender<Answer>,
     permit: Permit,
     flight: Flight,
     span: MessageSpan,
@@ -153,32 +154,32 @@ impl Reply {
         // The caller may want its spans, and those end with the last one that holds them.
         drop(self.span);
         // A caller that does not wait any more has nothing to learn.
-        let _ = self.caller.try_send(answer);
+        let _ = self.caller.send(answer);
     }
 }
 
 struct LaneHandle {
     jobs: mpsc::UnboundedSender<Job>,
-    window: Arc<Window>,
+    window: Window,
 }
 
-/// The link to one module. Dropping it ends its thread; batches under way are then unknown.
+/// The link to one module. What is under way when it is dropped is still answered to who waits.
 pub(crate) struct ModuleLink {
     shared: Arc<Shared>,
     lanes: Vec<LaneHandle>,
     calls: Arc<Calls>,
-    call_window: Arc<Window>,
-    io: tokio::runtime::Handle,
-    _stop: oneshot::Sender<()>,
+    call_window: Window,
+    io: Arc<Io>,
+    _stand_in: StandIn,
 }
 
 impl ModuleLink {
-    /// Starts the I/O thread. The module need not be there yet.
-    pub(crate) fn start(config: LinkConfig, metrics: Arc<LinkMetrics>) -> io::Result<Arc<Self>> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        let io = runtime.handle().clone();
+    /// Starts the I/O. The module need not be there yet.
+    pub(crate) fn start(
+        config: LinkConfig,
+        metrics: Arc<LinkMetrics>,
+    ) -> std::io::Result<Arc<Self>> {
+        let (io, stand_in) = Io::start()?;
         let name = format!("mmu-{}", uuid::Uuid::new_v4().simple());
         let shared = Arc::new(Shared {
             config,
@@ -189,21 +190,15 @@ impl ModuleLink {
         let mut lanes = Vec::new();
         for lane in 0..shared.config.streams.max(1) {
             let (jobs, queue) = mpsc::unbounded_channel();
-            io.spawn(Lane::new(Arc::clone(&shared), queue, format!("{name}-s{lane}")).run());
+            io.handle()
+                .spawn(Lane::new(Arc::clone(&shared), queue, format!("{name}-s{lane}")).run());
             lanes.push(LaneHandle {
                 jobs,
                 window: Window::new(shared.config.window),
             });
         }
-        io.spawn(monitor::watch(Arc::clone(&shared)));
+        io.handle().spawn(monitor::watch(Arc::clone(&shared)));
         let calls = Calls::new(Arc::clone(&shared), &name, shared.config.calls);
-        let (stop, stopped) = oneshot::channel();
-        std::thread::Builder::new()
-            .name("module-link".into())
-            .spawn(move || {
-                // Ends when the sender is dropped.
-                let _ = runtime.block_on(stopped);
-            })?;
         let call_window = Window::new(shared.config.calls);
         Ok(Arc::new(Self {
             shared,
@@ -211,7 +206,7 @@ impl ModuleLink {
             calls,
             call_window,
             io,
-            _stop: stop,
+            _stand_in: stand_in,
         }))
     }
 
@@ -278,7 +273,7 @@ impl ModuleLink {
             return_spans: telemetry::watch::is_watched(span.traceparent()),
             traceparent: span.traceparent().to_owned(),
         };
-        let (caller, answer) = sync_channel(1);
+        let (caller, mut answer) = oneshot::channel();
         // Timed from here on: the wait for a place is not the module's.
         let job = |permit| Job {
             request,
@@ -292,14 +287,14 @@ impl ModuleLink {
         };
         let handed = match via {
             Via::Rpc => {
-                let job = job(self.call_window.acquire());
-                drop(self.io.spawn(Arc::clone(&self.calls).run(job)));
+                let job = job(self.call_window.acquire(&self.io));
+                drop(self.io.handle().spawn(Arc::clone(&self.calls).run(job)));
                 true
             }
             Via::Stream => {
                 // At least one lane, so the remainder is of a number above zero.
                 let lane = &self.lanes[lp as usize % self.lanes.len()];
-                lane.jobs.send(job(lane.window.acquire())).is_ok()
+                lane.jobs.send(job(lane.window.acquire(&self.io))).is_ok()
             }
         };
         if !handed {
@@ -307,8 +302,16 @@ impl ModuleLink {
                 reason: ENDED.into(),
             }));
         }
+        // On its way before the caller goes on: it may have more to send.
+        self.io.pump();
+        let io = Arc::clone(&self.io);
         Ticket::pending(move || {
-            let outcome = answer.recv().unwrap_or_else(|_| {
+            let answered = match answer.try_recv() {
+                Ok(answer) => Some(answer),
+                Err(TryRecvError::Empty) => io.drive(answer).ok(),
+                Err(TryRecvError::Closed) => None,
+            };
+            let outcome = answered.unwrap_or_else(|| {
                 Err(SeamError::Unknown {
                     reason: ENDED.into(),
                 })

@@ -1,48 +1,39 @@
-//! A bound on what is in flight, for threads that block.
+//! A bound on what is in flight.
 //!
-//! The callers of the link are ordinary threads, so the bound is a counter under a mutex with a
-//! condition variable. The permit travels with the batch and comes back when it is dropped.
+//! The permit travels with the batch and comes back when it is dropped. Who waits for one drives
+//! the link's I/O: the answer that brings it back may need that.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::io::Io;
 
 /// So many permits at a time.
 #[derive(Debug)]
-pub(super) struct Window {
-    free: Mutex<usize>,
-    returned: Condvar,
-}
+pub(super) struct Window(Arc<Semaphore>);
 
 /// One place in the window.
 #[derive(Debug)]
-pub(super) struct Permit(Arc<Window>);
+pub(super) struct Permit(
+    #[expect(dead_code, reason = "gives the place back when dropped")] Option<OwnedSemaphorePermit>,
+);
 
 impl Window {
     /// A window of `size` places, at least one.
-    pub(super) fn new(size: usize) -> Arc<Self> {
-        Arc::new(Self {
-            free: Mutex::new(size.max(1)),
-            returned: Condvar::new(),
-        })
+    pub(super) fn new(size: usize) -> Self {
+        Self(Arc::new(Semaphore::new(size.max(1))))
     }
 
     /// Waits for a place.
-    pub(super) fn acquire(self: &Arc<Self>) -> Permit {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        while *free == 0 {
-            free = self
-                .returned
-                .wait(free)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        *free -= 1;
-        Permit(Arc::clone(self))
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        self.0.returned.notify_one();
+    pub(super) fn acquire(&self, io: &Io) -> Permit {
+        let permit = Arc::clone(&self.0).try_acquire_owned();
+        // Never closed, so there is one in the end.
+        Permit(
+            permit
+                .or_else(|_| io.drive(Arc::clone(&self.0).acquire_owned()))
+                .ok(),
+        )
     }
 }
 
@@ -54,13 +45,14 @@ mod tests {
 
     #[test]
     fn a_full_window_holds_the_next_caller_back_until_a_permit_returns() {
-        let window = Window::new(2);
-        let (first, _second) = (window.acquire(), window.acquire());
+        let (io, _stand_in) = Io::start().unwrap();
+        let window = Arc::new(Window::new(2));
+        let (first, _second) = (window.acquire(&io), window.acquire(&io));
         let (tell, told) = mpsc::channel();
         let waiter = std::thread::spawn({
-            let window = Arc::clone(&window);
+            let (window, io) = (Arc::clone(&window), Arc::clone(&io));
             move || {
-                let permit = window.acquire();
+                let permit = window.acquire(&io);
                 tell.send(()).unwrap();
                 drop(permit);
             }
