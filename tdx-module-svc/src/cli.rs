@@ -13,8 +13,6 @@ use crate::config::DEFAULT_LISTEN;
 
 /// Name of the service in traces.
 const SERVICE: &str = "tdx-module-svc";
-/// Threads that decode, execute and encode; long batches run beside them.
-const WORKERS: usize = 2;
 
 /// The TDX module as a service
 #[derive(Debug, clap::Parser)]
@@ -79,8 +77,13 @@ where
 }
 
 fn serve(config: Config) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(WORKERS)
+    // With one thread a message wakes nobody on its way through the service.
+    let mut runtime = match config.workers {
+        1 => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = runtime
+        .worker_threads(config.workers)
         .enable_all()
         .build()
         .map_err(Failure::Runtime)?;

@@ -14,6 +14,11 @@ use crate::platform::PlatformFlags;
 /// Where the service listens when nobody says otherwise.
 pub const DEFAULT_LISTEN: &str = "unix:///run/tdx-mirror-mmu/module.sock";
 
+/// Threads that serve when nobody says otherwise.
+const DEFAULT_WORKERS: usize = 1;
+/// Most of them.
+const MAX_WORKERS: u64 = 64;
+
 /// Settings of the service.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
@@ -38,6 +43,12 @@ pub struct Config {
     /// tests of a host; nobody who can call is kept from it
     #[arg(long, env = "TDX_MODULE_ALLOW_INJECTION")]
     pub allow_injection: bool,
+
+    /// Threads that decode, execute and encode; long batches run beside them. One answers soonest,
+    /// more serve more vCPUs at a time
+    #[arg(long, value_name = "N", env = "TDX_MODULE_WORKERS", default_value_t = DEFAULT_WORKERS,
+          value_parser = workers())]
+    pub workers: usize,
 
     /// Stop when standard input is closed, so that a parent process takes the service along
     #[arg(long)]
@@ -133,6 +144,7 @@ impl Default for Config {
             machine: PlatformFlags::default(),
             release: None,
             allow_injection: false,
+            workers: DEFAULT_WORKERS,
             stop_with_stdin: false,
             limits: Limits::default(),
         }
@@ -161,6 +173,12 @@ pub(crate) fn release_by_name(name: &str) -> Option<Release> {
 fn release_parser() -> impl clap::builder::TypedValueParser<Value = Release> {
     clap::builder::PossibleValuesParser::new(RELEASES.map(|(name, _)| name))
         .try_map(|name| release_by_name(&name).ok_or("no such release"))
+}
+
+fn workers() -> impl clap::builder::TypedValueParser<Value = usize> {
+    clap::value_parser!(u64)
+        .range(1..=MAX_WORKERS)
+        .try_map(usize::try_from)
 }
 
 fn at_least_one() -> impl clap::builder::TypedValueParser<Value = usize> {
@@ -219,6 +237,8 @@ mod tests {
             ["--listen", "tcp://1.2.3.4:5"],
             ["--profile", "huge"],
             ["--release", "1.6"],
+            ["--workers", "0"],
+            ["--workers", "65"],
             ["--replay-window", "0"],
             ["--max-sessions", "0"],
             ["--max-in-flight", "0"],
