@@ -69,8 +69,15 @@ pub fn cli_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(Failed { error, trace }) => {
+        Err(Failed {
+            error,
+            trace,
+            spans,
+        }) => {
             eprintln!("mmuctl: {}", error.chain());
+            if let Some(spans) = spans {
+                eprintln!("\n{}\n", spans.trim_end());
+            }
             if let Some(trace) = trace {
                 eprintln!("{trace}");
             }
@@ -83,6 +90,8 @@ pub fn cli_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 struct Failed {
     error: Box<Error>,
     trace: Option<String>,
+    /// What was asked to be explained, as a tree for people.
+    spans: Option<String>,
 }
 
 impl From<Error> for Failed {
@@ -90,6 +99,7 @@ impl From<Error> for Failed {
         Self {
             error: Box::new(error),
             trace: None,
+            spans: None,
         }
     }
 }
@@ -145,15 +155,20 @@ async fn answer(cli: &Cli) -> Result<Answer, Failed> {
         None => work.await,
     };
     // Behind the end of the command's own span, so that it is among those that are shown.
-    let result = result.map(|answer| match &watch {
-        Some(watch) => with_spans(answer, &SpanTree::new(watch.take())),
+    let tree = watch.map(|watch| SpanTree::new(watch.take()));
+    let result = result.map(|answer| match &tree {
+        Some(tree) => with_spans(answer, tree),
         None => answer,
     });
     let result = session.close(result).await;
-    match trace_id {
+    let result = match trace_id {
         Some(trace_id) => with_trace(result, &trace_id, &cli.globals),
         None => result.map_err(Failed::from),
-    }
+    };
+    result.map_err(|failed| Failed {
+        spans: tree.as_ref().map(SpanTree::text),
+        ..failed
+    })
 }
 
 fn with_spans(mut answer: Answer, tree: &SpanTree) -> Answer {
@@ -179,6 +194,7 @@ fn with_trace(
     let mut answer = result.map_err(|error| Failed {
         error: Box::new(error),
         trace: Some(line.clone()),
+        spans: None,
     })?;
     if globals.output == Format::Table {
         eprintln!("{line}");

@@ -37,8 +37,10 @@ pub mod trace {
 }
 
 mod convert;
+mod refused;
 
 pub use convert::{InvalidField, seamcall_to_wire};
+pub use refused::{attach_spans, spans_of};
 
 /// Encoded `FileDescriptorSet` of all packages, for server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

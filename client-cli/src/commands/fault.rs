@@ -1,6 +1,7 @@
 //! `fault`: one guest access.
 
 use mirror_proto::mmu::{Fault, HandleFaultRequest, HandleFaultResponse, Root};
+use mirror_proto::spans_of;
 use serde_json::{Value, json};
 use tdx_defs::CompletionStatus;
 
@@ -30,14 +31,18 @@ pub(super) async fn run(client: &Client, args: &FaultArgs) -> Result<Answer, Err
         }),
         explain: args.explain,
     };
+    let explained = |spans| {
+        if let Some(traceparent) = telemetry::traceparent_of_current_span() {
+            telemetry::watch::offer(&traceparent, spans);
+        }
+    };
     let mut answer = client
         .short("HandleFault", message, async |mut mmu, request| {
-            mmu.handle_fault(request).await
+            let answer = mmu.handle_fault(request).await;
+            answer.inspect_err(|refusal| explained(spans_of(refusal)))
         })
         .await?;
-    if let Some(traceparent) = telemetry::traceparent_of_current_span() {
-        telemetry::watch::offer(&traceparent, std::mem::take(&mut answer.spans));
-    }
+    explained(std::mem::take(&mut answer.spans));
     let calls: Vec<Value> = answer
         .seamcalls
         .iter()

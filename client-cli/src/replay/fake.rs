@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use mirror_proto::mmu::mmu_service_server::{MmuService, MmuServiceServer};
@@ -45,6 +46,7 @@ pub(super) enum Scripted {
 pub(super) struct Fake {
     pub(super) client: Client,
     asked: Arc<Mutex<Vec<Asked>>>,
+    messages: Arc<AtomicUsize>,
     _directory: TempDir,
 }
 
@@ -58,7 +60,9 @@ impl Fake {
             script,
             asked: asked.clone(),
             times: Arc::default(),
+            messages: Arc::default(),
         };
+        let messages = Arc::clone(&service.messages);
         tokio::spawn(
             tonic::transport::Server::builder()
                 .add_service(MmuServiceServer::new(service))
@@ -71,12 +75,18 @@ impl Fake {
         Self {
             client,
             asked,
+            messages,
             _directory: directory,
         }
     }
 
     pub(super) fn asked(&self) -> Vec<Asked> {
         self.asked.lock().unwrap().clone()
+    }
+
+    /// Messages of faults so far.
+    pub(super) fn messages(&self) -> usize {
+        self.messages.load(Ordering::Relaxed)
     }
 }
 
@@ -85,6 +95,7 @@ struct Service {
     script: Script,
     asked: Arc<Mutex<Vec<Asked>>>,
     times: Arc<Mutex<HashMap<u64, usize>>>,
+    messages: Arc<AtomicUsize>,
 }
 
 impl Service {
@@ -97,8 +108,20 @@ impl Service {
             tag: message.tag,
             ..Default::default()
         };
-        let gpas: Vec<u64> = message.faults.iter().map(|fault| fault.gpa).collect();
-        for (index, gpa) in (0..).zip(&gpas) {
+        let first = FaultRun {
+            vcpu_id: message.vcpu_id,
+            faults: message.faults,
+        };
+        let runs: Vec<(u32, Vec<u64>)> = std::iter::once(first)
+            .chain(message.more)
+            .map(|run| {
+                (
+                    run.vcpu_id,
+                    run.faults.iter().map(|fault| fault.gpa).collect(),
+                )
+            })
+            .collect();
+        for (index, gpa) in (0..).zip(runs.iter().flat_map(|(_, gpas)| gpas)) {
             let other = |ret_pf: RetPf, errno| FaultOutcome {
                 index,
                 ret_pf: ret_pf.into(),
@@ -118,13 +141,13 @@ impl Service {
         }
         answer.others_count += u32::try_from(answer.others.len()).unwrap();
         answer.counts = Some(Counts {
-            rpcs: 1,
+            rpcs: runs.len() as u64,
             ..Default::default()
         });
-        self.note(Asked::Faults {
-            vcpu_id: message.vcpu_id,
-            gpas,
-        });
+        self.messages.fetch_add(1, Ordering::Relaxed);
+        for (vcpu_id, gpas) in runs {
+            self.note(Asked::Faults { vcpu_id, gpas });
+        }
         Ok(answer)
     }
 

@@ -1,7 +1,7 @@
 //! Sends the accesses of a plan and counts the answers.
 //!
 //! Order: one `HandleFaults` stream is served in order, so the recorded order needs one stream,
-//! with several messages under way. `per-vcpu` has a stream for each vCPU. Unmaps wait for every
+//! with several messages under way, each with the runs of as many vCPUs as it has room for. `per-vcpu` has a stream for each vCPU. Unmaps wait for every
 //! answer before them.
 //!
 //! A fault that ends with RET_PF_RETRY is sent again, as the guest's next attempt would be.
@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use mirror_proto::mmu::{
-    Fault, FaultOutcome, HandleFaultsRequest, HandleFaultsResponse, PunchHoleRequest, RetPf,
-    UnmapHvaRequest,
+    Fault, FaultOutcome, FaultRun, HandleFaultsRequest, HandleFaultsResponse, PunchHoleRequest,
+    RetPf, UnmapHvaRequest,
 };
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -134,10 +134,8 @@ impl Player {
         for segment in &plan.segments {
             match order {
                 Order::Recorded => {
-                    for run in segment.faults.chunk_by(|a, b| a.vcpu == b.vcpu) {
-                        for batch in run.chunks(MAX_BATCH) {
-                            lane.send(batch).await?;
-                        }
+                    for message in messages(&segment.faults) {
+                        lane.send(message).await?;
                     }
                     lane.drain().await?;
                 }
@@ -224,6 +222,31 @@ impl Player {
     }
 }
 
+/// Runs of one vCPU, each as long as a message may be.
+fn runs(faults: &[PlannedFault]) -> impl Iterator<Item = &[PlannedFault]> {
+    faults
+        .chunk_by(|a, b| a.vcpu == b.vcpu)
+        .flat_map(|run| run.chunks(MAX_BATCH))
+}
+
+/// Messages of whole runs. A run is not cut to fill a message up: what the service makes of it
+/// would be another number of calls.
+fn messages(faults: &[PlannedFault]) -> impl Iterator<Item = &[PlannedFault]> {
+    let mut rest = faults;
+    std::iter::from_fn(move || {
+        let mut length = 0;
+        for run in runs(rest) {
+            if length + run.len() > MAX_BATCH {
+                break;
+            }
+            length += run.len();
+        }
+        let message;
+        (message, rest) = rest.split_at(length);
+        (!message.is_empty()).then_some(message)
+    })
+}
+
 /// One `HandleFaults` stream, opened with its first message.
 struct Lane<'a> {
     player: &'a Player,
@@ -242,8 +265,8 @@ struct Lane<'a> {
 struct Sent {
     tag: u64,
     attempt: u32,
-    vcpu_id: u32,
-    faults: Vec<Fault>,
+    /// With the service's number of the vCPU.
+    faults: Vec<(u32, Fault)>,
     at: Instant,
 }
 
@@ -259,20 +282,20 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// Sends faults of one vCPU; waits while too many messages are under way.
+    /// Sends faults; waits while too many messages are under way.
     async fn send(&mut self, batch: &[PlannedFault]) -> Result<(), Error> {
-        let Some(first) = batch.first() else {
-            return Ok(());
-        };
-        let fault = |fault: &PlannedFault| Fault {
-            gpa: fault.gpa,
-            qualification: fault.qualification,
-            ..Fault::default()
+        let vm = &self.player.vm;
+        let fault = |planned: &PlannedFault| {
+            let fault = Fault {
+                gpa: planned.gpa,
+                qualification: planned.qualification,
+                ..Fault::default()
+            };
+            (vm.vcpu_id(planned.vcpu), fault)
         };
         self.post(Sent {
             tag: 0,
             attempt: 0,
-            vcpu_id: self.player.vm.vcpu_id(first.vcpu),
             faults: batch.iter().map(fault).collect(),
             at: Instant::now(),
         })
@@ -309,10 +332,18 @@ impl<'a> Lane<'a> {
         sent.tag = self.next_tag;
         sent.at = Instant::now();
         self.next_tag += 1;
+        let mut runs = sent
+            .faults
+            .chunk_by(|a, b| a.0 == b.0)
+            .map(|run| (run[0].0, run.iter().map(|(_, fault)| *fault).collect()));
+        let (vcpu_id, faults) = runs.next().unwrap_or_default();
         let message = HandleFaultsRequest {
             vm_id: self.player.vm.vm_id,
-            vcpu_id: sent.vcpu_id,
-            faults: sent.faults.clone(),
+            vcpu_id,
+            faults,
+            more: runs
+                .map(|(vcpu_id, faults)| FaultRun { vcpu_id, faults })
+                .collect(),
             tag: sent.tag,
             ..Default::default()
         };

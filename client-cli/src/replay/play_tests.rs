@@ -84,6 +84,35 @@ async fn the_recorded_order_is_kept_over_vcpus_and_unmaps() {
         BTreeMap::from([("FIXED", 5), ("SPURIOUS", 0)])
     );
     assert_eq!((played.faults, played.unmaps, played.tally.rpcs), (5, 1, 4));
+    assert_eq!(fake.messages(), 2, "one before the unmap and one behind");
+}
+
+#[test]
+fn messages_are_filled_with_whole_runs() {
+    let run = |vcpu, length| {
+        std::iter::repeat_n(vcpu, length).map(|vcpu| PlannedFault {
+            vcpu,
+            gpa: 0,
+            qualification: 2,
+        })
+    };
+    for (case, of, expected) in [
+        ("nothing", vec![], vec![]),
+        ("two fit", vec![1, MAX_BATCH - 1], vec![MAX_BATCH]),
+        ("two do not", vec![2, MAX_BATCH - 1], vec![2, MAX_BATCH - 1]),
+        (
+            "a long run is cut as if it were alone",
+            vec![3, MAX_BATCH + 5, 7],
+            vec![3, MAX_BATCH, 12],
+        ),
+    ] {
+        let faults: Vec<PlannedFault> = (0..)
+            .zip(of)
+            .flat_map(|(vcpu, length)| run(vcpu, length))
+            .collect();
+        let lengths: Vec<usize> = messages(&faults).map(<[_]>::len).collect();
+        assert_eq!(lengths, expected, "{case}");
+    }
 }
 
 #[tokio::test]

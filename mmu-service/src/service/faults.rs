@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use mirror_proto::{InvalidField, mmu as wire};
-use tdp_mmu::{Fault, RootKind};
+use mirror_proto::{InvalidField, attach_spans, mmu as wire};
+use tdp_mmu::{Fault, FaultOutcome, FaultsReport, RootKind};
 use tdx_defs::{Gfn, Gpa, GpaLayout, Visibility};
 use telemetry::KeyValue;
 use telemetry::late::Untraced;
@@ -79,11 +79,17 @@ pub(crate) async fn handle_fault(
         ];
         traced::tell_fault(untraced, &shell.gate, &outcome, attributes);
     }
-    let mut response = fault_report_to_wire(outcome?);
-    if let Some(watch) = watch {
-        response.spans = watch.take();
+    let spans = watch.map(|watch| watch.take()).unwrap_or_default();
+    match outcome {
+        Ok(report) => Ok(wire::HandleFaultResponse {
+            spans,
+            ..fault_report_to_wire(report)
+        }),
+        Err(mut refusal) => {
+            attach_spans(&mut refusal, spans);
+            Err(refusal)
+        }
     }
-    Ok(response)
 }
 
 fn fault_span(vm: u64, vcpu: u32, gfn: Gfn) -> Span {
@@ -193,12 +199,18 @@ async fn answer_batch(
         vcpu_id,
         faults,
         tag,
+        more,
         traceparent,
         links,
     } = batch;
     let limit = size(shell.limits.max_faults);
-    if faults.len() > limit {
-        let reason = format!("{} faults, the limit is {limit}", faults.len());
+    if more.len() > limit {
+        let reason = format!("{} runs, the limit is {limit}", more.len());
+        return Err(status::of_field(InvalidField::new("more", reason)));
+    }
+    let count = faults.len() + more.iter().map(|run| run.faults.len()).sum::<usize>();
+    if count > limit {
+        let reason = format!("{count} faults, the limit is {limit}");
         return Err(status::of_field(InvalidField::new("faults", reason)));
     }
     if links.len() > traced::MAX_LINKS {
@@ -214,8 +226,8 @@ async fn answer_batch(
     } else {
         &traceparent
     };
-    let (span, untraced) = if asked || shell.gate.admits(faults.len()) {
-        let span = faults_span(vm_id, vcpu_id, faults.len());
+    let (span, untraced) = if asked || shell.gate.admits(count) {
+        let span = faults_span(vm_id, vcpu_id, count);
         if telemetry::is_sampled(parent) {
             telemetry::set_remote_parent(&span, parent);
         }
@@ -224,15 +236,21 @@ async fn answer_batch(
     } else {
         (Span::none(), Untraced::begin("handle_faults", parent))
     };
-    let count = faults.len();
     let (layout, metrics) = (entry.layout, Arc::clone(&shell.metrics));
     let outcome = shell
         .operate(&entry, span, move |vm| {
-            let faults: Vec<Fault> = faults.iter().map(fault_from_wire).collect();
-            let report = vm.handle_faults(vcpu_id, &faults)?;
-            metrics.faults(&report, common_root(layout, &faults));
-            traced::record_faults(&Span::current(), &report);
-            Ok(report)
+            let mut all = FaultsReport::default();
+            let mut before = 0;
+            let first = wire::FaultRun { vcpu_id, faults };
+            for run in std::iter::once(first).chain(more) {
+                let faults: Vec<Fault> = run.faults.iter().map(fault_from_wire).collect();
+                let report = vm.handle_faults(run.vcpu_id, &faults)?;
+                metrics.faults(&report, common_root(layout, &faults));
+                append(&mut all, report, before);
+                before += u32::try_from(faults.len()).unwrap_or(u32::MAX);
+            }
+            traced::record_faults(&Span::current(), &all);
+            Ok(all)
         })
         .await;
     if let Some(untraced) = untraced {
@@ -244,6 +262,20 @@ async fn answer_batch(
         traced::tell_faults(untraced, &shell.gate, &outcome, attributes);
     }
     Ok(faults_report_to_wire(tag, &outcome?))
+}
+
+/// Adds the report of a run that stands behind `before` faults of its message.
+fn append(all: &mut FaultsReport, run: FaultsReport, before: u32) {
+    all.fixed += run.fixed;
+    all.spurious += run.spurious;
+    all.others_count += run.others_count;
+    all.counts += &run.counts;
+    let room = FaultsReport::MAX_OTHERS.saturating_sub(all.others.len());
+    let others = run.others.into_iter().take(room);
+    all.others.extend(others.map(|one| FaultOutcome {
+        index: one.index + before,
+        ..one
+    }));
 }
 
 fn faults_span(vm: u64, vcpu: u32, faults: usize) -> Span {
