@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mirror_proto::mmu::mmu_service_server::{MmuServiceServer, SERVICE_NAME};
+use telemetry::Gate;
 use telemetry::propagate::ServerTraceLayer;
 use tokio::time::Instant;
 use tonic::service::{LayerExt as _, Routes};
@@ -61,6 +62,8 @@ pub async fn run(
         .layer(
             ServerTraceLayer::new()
                 .gate(service::FAULT_PATH, gate)
+                // Open as long as a guest runs; its runs pass the gate one by one.
+                .gate(service::RUN_PATH, Gate::new(0, Duration::ZERO))
                 // Open for hours; its messages have spans of their own.
                 .skip(service::FAULT_STREAM_PATH),
         )

@@ -1,7 +1,7 @@
 //! Spans of a batch: `seamcall batch`, and below it one for each leaf.
 //!
 //! Only a batch whose sender has a sampled span is traced: without one this file costs a look at
-//! an empty string. A long batch shows its first leaves only.
+//! an empty string. A batch of many calls is bulk work: it has one span, with counts.
 //! Target of the spans: off in the log by default, `RUST_LOG=seamcall=info` shows them.
 
 use tdx_defs::{Leaf, PAGE_SHIFT, Seamcall, SeamcallResult};
@@ -9,7 +9,7 @@ use tracing::{Span, field};
 
 use crate::batch::Batch;
 
-/// Leaf spans in one batch.
+/// Calls of a batch that has a span for each of them.
 const MAX_LEAF_SPANS: usize = 64;
 /// GPA bits of a Secure EPT operand.
 const GPA_MASK: u64 = ((1 << 52) - 1) & !((1 << PAGE_SHIFT) - 1);
@@ -20,7 +20,10 @@ const LEVEL_MASK: u64 = 7;
 #[derive(Debug)]
 pub(crate) struct Tracer {
     batch: Span,
-    leaf_spans_left: usize,
+    /// Each call has a span.
+    leaves: bool,
+    ran: u64,
+    failed: u64,
 }
 
 impl Tracer {
@@ -29,7 +32,9 @@ impl Tracer {
         if !telemetry::is_sampled(&batch.traceparent) {
             return Self {
                 batch: Span::none(),
-                leaf_spans_left: 0,
+                leaves: false,
+                ran: 0,
+                failed: 0,
             };
         }
         let session = batch.ticket.as_ref().map(|ticket| ticket.session.as_str());
@@ -44,29 +49,35 @@ impl Tracer {
             tdx.sequence = batch.sequence,
             tdx.calls = batch.calls.len(),
             tdx.runs = batch.runs,
+            tdx.calls.ran = field::Empty,
+            tdx.calls.failed = field::Empty,
         );
         telemetry::set_remote_parent(&span, &batch.traceparent);
-        let leaf_spans_left = if span.is_disabled() {
-            0
-        } else {
-            MAX_LEAF_SPANS
-        };
         Self {
+            leaves: !span.is_disabled() && batch.calls.len() <= MAX_LEAF_SPANS,
             batch: span,
-            leaf_spans_left,
+            ran: 0,
+            failed: 0,
         }
     }
 
-    /// Runs one call, in a span while there are any left.
+    /// Runs one call, in a span unless it is one of many.
     pub(crate) fn leaf(
         &mut self,
         call: &Seamcall,
         run: impl FnOnce() -> SeamcallResult,
     ) -> SeamcallResult {
-        if self.leaf_spans_left == 0 {
-            return run();
-        }
-        self.leaf_spans_left -= 1;
+        let result = if self.leaves {
+            self.in_span(call, run)
+        } else {
+            run()
+        };
+        self.ran += 1;
+        self.failed += u64::from(result.status().is_error());
+        result
+    }
+
+    fn in_span(&self, call: &Seamcall, run: impl FnOnce() -> SeamcallResult) -> SeamcallResult {
         let span = self.leaf_span(call);
         let result = span.in_scope(run);
         span.record(
@@ -98,6 +109,15 @@ impl Tracer {
             tdx.operand_id = field::Empty,
             tdx.completed = field::Empty,
         )
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        if !self.batch.is_none() {
+            self.batch.record("tdx.calls.ran", self.ran);
+            self.batch.record("tdx.calls.failed", self.failed);
+        }
     }
 }
 

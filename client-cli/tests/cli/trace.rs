@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use mirror_proto::mmu::mmu_service_client::MmuServiceClient;
-use mirror_proto::mmu::{Fault, HandleFaultRequest, HandleFaultsRequest};
+use mirror_proto::mmu::{Fault, HandleFaultRequest, HandleFaultsRequest, RunVcpuRequest};
 use mirror_proto::module::lock::Object;
 use mirror_proto::module::tdx_platform_service_client::TdxPlatformServiceClient;
 use mirror_proto::module::{HoldLockRequest, Lock};
@@ -311,6 +311,62 @@ fn faults_that_nobody_watches_are_traced_by_count() {
 }
 
 #[test]
+fn runs_of_a_vcpu_are_traced_by_count() {
+    let receiver = Receiver::start();
+    let services = Services::start_with(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint),
+        ("MMU_TRACE_EVERY", "3"),
+        ("MMU_TRACE_SLOW_MS", "3600000"),
+    ]);
+    build(&services);
+    let mut guest = Guest::connect(&services);
+    let request = RunVcpuRequest {
+        vm_id: 1,
+        ..RunVcpuRequest::default()
+    };
+    let runs = guest.runtime.block_on(async {
+        let requests = tokio_stream::iter(vec![request; 7]);
+        let mut answers = guest.mmu.run_vcpu(requests).await.unwrap().into_inner();
+        let mut runs = 0;
+        while answers.message().await.unwrap().is_some() {
+            runs += 1;
+        }
+        runs
+    });
+    assert_eq!(runs, 7);
+    drop(guest);
+    drop(services);
+    let spans = receiver.spans.all();
+    let named = |name: &str| spans.iter().filter(|one| one.span.name == name).count();
+    assert_eq!(named("run_vcpu"), 3, "the first, the fourth, the seventh");
+    assert_eq!(named("kvm.mmu.v1.MmuService/RunVcpu"), 0);
+}
+
+#[test]
+fn a_traced_audit_has_a_span_a_message_and_none_a_call() {
+    let receiver = Receiver::start();
+    let services = Services::start_with(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint)]);
+    build(&services);
+    services.ok("prefault --vm 1 --gpa 0 --size 4M");
+    let audit = services.ok("audit --vm 1");
+    assert!(audit["entries"].as_u64().unwrap() >= 1024, "{audit}");
+    drop(services);
+    let spans = receiver.spans.all();
+    let read = |one: &&Received| one.span.name == "TDH.MEM.SEPT.RD";
+    assert!(spans.iter().filter(read).count() <= 64);
+    let bulk = spans.iter().find(|one| {
+        let calls = one.attribute("tdx.calls.ran");
+        one.service() == "tdx-module-svc"
+            && calls.is_some_and(|calls| calls.parse::<u64>().is_ok_and(|calls| calls > 64))
+    });
+    assert_eq!(
+        bulk.and_then(|bulk| bulk.attribute("tdx.calls.failed"))
+            .as_deref(),
+        Some("0")
+    );
+}
+
+#[test]
 fn failed_faults_have_a_span_afterwards() {
     let receiver = Receiver::start();
     let services = Services::start_with(&[
@@ -540,6 +596,21 @@ fn a_fault_is_explained_without_a_collector_and_with_one() {
         assert_eq!(fault["seamcalls"].as_array().unwrap().len(), 3);
     }
     assert!(receiver.spans.services().contains("mmu-service"));
+}
+
+#[test]
+fn a_fault_that_fails_is_explained_too() {
+    let services = Services::start();
+    build(&services);
+    // Shared memory behind an address that is private: the exit goes to the VMM.
+    let run = services.run_table("fault --vm 1 --gpa 0x800000001000 --explain");
+    assert_eq!(run.code, Some(1), "{}", run.stdout);
+    for expected in ["└─ HandleFault", "handle_fault", "error.message", "µs"] {
+        assert!(run.stderr.contains(expected), "{expected}: {}", run.stderr);
+    }
+    let last = run.stderr.lines().last().unwrap();
+    assert!(last.starts_with("trace "), "{}", run.stderr);
+    assert_eq!(run.stdout, "");
 }
 
 #[test]

@@ -25,6 +25,8 @@ use stream::Answers;
 pub(crate) const FAULT_PATH: &str = "/kvm.mmu.v1.MmuService/HandleFault";
 /// Path of HandleFaults.
 pub(crate) const FAULT_STREAM_PATH: &str = "/kvm.mmu.v1.MmuService/HandleFaults";
+/// Path of the method that runs vCPUs.
+pub(crate) const RUN_PATH: &str = "/kvm.mmu.v1.MmuService/RunVcpu";
 
 /// The service. Cheap to clone.
 #[derive(Clone)]

@@ -9,12 +9,15 @@ use mirror_proto::mmu::run_vcpu_response::Exit;
 use mirror_proto::mmu::{self as wire};
 use tdp_mmu::{GuestOp, GuestStep, RunExit, RunReport, RunRequest, VmError};
 use tdx_defs::{Gpa, Gpr, Gprs, GuestLeaf, Level};
+use telemetry::KeyValue;
+use telemetry::late::Untraced;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
-use tracing::{Instrument as _, info_span};
+use tracing::{Instrument as _, Span, info_span};
 
 use super::stream::{Answers, send};
+use super::traced;
 use crate::convert::counts_to_wire;
 use crate::link::GuestLine;
 use crate::shell::Shell;
@@ -79,25 +82,41 @@ async fn run(
         .collect::<Result<Vec<_>, _>>()
         .map_err(status::of_field)?;
     let entry = shell.live_vm(vm_id)?;
-    let span = info_span!(
-        "run_vcpu",
-        kvm.vm = vm_id,
-        kvm.vcpu = vcpu_id,
-        ops = ops.len()
-    );
+    // Inside a traced call every run is traced, as its caller asked.
+    let traced = telemetry::current_trace_id().is_some() || shell.gate.admits(1);
+    let (span, untraced) = if traced {
+        let span = info_span!(
+            "run_vcpu",
+            kvm.vm = vm_id,
+            kvm.vcpu = vcpu_id,
+            ops = ops.len()
+        );
+        (span, None)
+    } else {
+        (Span::none(), Untraced::begin("run_vcpu", ""))
+    };
     let mut mine = line
         .take()
         .filter(|line| line.leads_to(&entry.attachment))
         .unwrap_or_else(|| GuestLine::new(&shell.link, &entry.attachment));
-    let (ran, mine) = shell
+    let outcome = shell
         .operate(&entry, span, move |vm| {
             let ran = vm.run_vcpu(vcpu_id, &mut mine, &RunRequest { ops, answer });
             Ok((ran, mine))
         })
-        .await?;
-    *line = Some(mine);
-    let report = ran.map_err(|error| status::of_vm(&error))?;
-    Ok(report_to_wire(report))
+        .await;
+    let outcome = outcome.and_then(|(ran, mine)| {
+        *line = Some(mine);
+        ran.map_err(|error| status::of_vm(&error))
+    });
+    if let Some(untraced) = untraced {
+        let attributes = vec![
+            KeyValue::new("kvm.vm", vm_id.to_string()),
+            KeyValue::new("kvm.vcpu", i64::from(vcpu_id)),
+        ];
+        traced::tell_run(untraced, &shell.gate, &outcome, attributes);
+    }
+    outcome.map(report_to_wire)
 }
 
 fn op_from_wire(op: wire::RunOp) -> Result<GuestOp, InvalidField> {

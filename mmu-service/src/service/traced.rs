@@ -4,7 +4,7 @@
 //! when the gate lets it through. Any other is measured, and told of afterwards when it was slow,
 //! failed, or met a busy module.
 
-use tdp_mmu::{FaultReport, FaultsReport, RetPf};
+use tdp_mmu::{FaultReport, FaultsReport, RetPf, RunExit, RunReport};
 use telemetry::late::{Account, Untraced};
 use telemetry::propagate::code_name;
 use telemetry::{Gate, KeyValue};
@@ -132,6 +132,31 @@ pub(super) fn tell_faults(
         }
     };
     tell(untraced, reason, attributes, events, error);
+}
+
+/// The same for a run of a vCPU.
+pub(super) fn tell_run(
+    untraced: Untraced,
+    gate: &Gate,
+    outcome: &Result<RunReport, Status>,
+    mut attributes: Vec<KeyValue>,
+) {
+    let slow = gate.is_slow(untraced.elapsed());
+    let (reason, error) = match outcome {
+        Err(status) => (reason_of(status), Some(status)),
+        Ok(report) => {
+            if let RunExit::Failed(error) = &report.exit {
+                attributes.push(KeyValue::new("error.message", error.to_string()));
+            } else if !slow {
+                return;
+            }
+            attributes.push(KeyValue::new("kvm.entries", number(report.entries)));
+            attributes.push(KeyValue::new("tdx.messages", number(report.counts.rpcs)));
+            let failed = matches!(report.exit, RunExit::Failed(_));
+            (if failed { "failed" } else { "slow" }, None)
+        }
+    };
+    tell(untraced, reason, attributes, Vec::new(), error);
 }
 
 /// A budget spent on a busy module is no failure of the fault.
