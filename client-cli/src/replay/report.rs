@@ -1,5 +1,7 @@
 //! The result of a replay, for scripts and for people.
 
+use std::time::Duration;
+
 use mirror_proto::mmu::Mismatch;
 use serde_json::{Value, json};
 
@@ -87,7 +89,12 @@ pub struct Report {
 impl Report {
     /// Faults in a second.
     pub fn faults_per_s(&self) -> f64 {
-        let elapsed_s = self.played.elapsed.as_secs_f64();
+        self.faults_per_s_with(Duration::ZERO)
+    }
+
+    /// Faults in a second when the time `before` they were played counts too.
+    pub fn faults_per_s_with(&self, before: Duration) -> f64 {
+        let elapsed_s = (before + self.played.elapsed).as_secs_f64();
         if elapsed_s > 0.0 {
             self.played.faults as f64 / elapsed_s
         } else {

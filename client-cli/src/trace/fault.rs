@@ -76,11 +76,24 @@ fn value<'a>(
 /// A hexadecimal number, whether or not `0x` stands in front.
 pub(crate) fn hex(field: &'static str, number: &str) -> Result<u64, LineError> {
     let digits = number.strip_prefix("0x").unwrap_or(number);
-    // from_str_radix would take a sign.
-    if !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+    let mut value = 0u64;
+    for byte in digits.bytes() {
+        let digit = match byte {
+            b'0'..=b'9' => byte - b'0',
+            b'a'..=b'f' => byte - b'a' + 10,
+            b'A'..=b'F' => byte - b'A' + 10,
+            _ => return Err(LineError::number(field, number)),
+        };
+        // A bit that the shift would push out: more than 64.
+        if value >> 60 != 0 {
+            return Err(LineError::number(field, number));
+        }
+        value = value << 4 | u64::from(digit);
+    }
+    if digits.is_empty() {
         return Err(LineError::number(field, number));
     }
-    u64::from_str_radix(digits, 16).map_err(|_| LineError::number(field, number))
+    Ok(value)
 }
 
 #[cfg(test)]

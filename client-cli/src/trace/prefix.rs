@@ -25,13 +25,12 @@ pub(super) struct Prefixed<'a> {
 /// Cuts a line. [`LineError::Prefix`] when it does not start like an event; another error when
 /// it does and then ends too early.
 pub(super) fn parse(line: &str) -> Result<Prefixed<'_>, LineError> {
-    let (left, right) = split_at_cpu(line).ok_or(LineError::Prefix)?;
-    let (task, thread) = task_and_thread(left).ok_or(LineError::Prefix)?;
+    let (task, thread, right) = split_at_cpu(line).ok_or(LineError::Prefix)?;
     let (time_ns, rest) = time(right)?;
     if rest.is_empty() {
         return Err(LineError::Missing { field: "event" });
     }
-    let (word, payload) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
+    let (word, payload) = cut_word(rest);
     // The function tracer's lines have no event name.
     let event = word.strip_suffix(':').unwrap_or("");
     let event = event.rsplit(':').next().unwrap_or(event);
@@ -40,23 +39,23 @@ pub(super) fn parse(line: &str) -> Result<Prefixed<'_>, LineError> {
         thread,
         time_ns,
         event,
-        payload: payload.trim(),
+        payload: payload.trim_ascii(),
     })
 }
 
-/// Splits at the first `[CPU]` column that has a task and a thread in front: a task name may hold
-/// brackets as well.
-fn split_at_cpu(line: &str) -> Option<(&str, &str)> {
+/// Task, thread and what is behind the first `[CPU]` column that has both in front: a task name
+/// may hold brackets as well.
+fn split_at_cpu(line: &str) -> Option<(&str, u32, &str)> {
     for (open, _) in line.match_indices('[') {
         let (left, column) = line.split_at(open);
         let Some((cpu, right)) = column[1..].split_once(']') else {
             continue;
         };
-        let is_column = left.ends_with(char::is_whitespace)
-            && (right.is_empty() || right.starts_with(char::is_whitespace))
+        let is_column = left.ends_with(is_space)
+            && (right.is_empty() || right.starts_with(is_space))
             && is_number(cpu);
-        if is_column && task_and_thread(left).is_some() {
-            return Some((left, right.trim()));
+        if is_column && let Some((task, thread)) = task_and_thread(left) {
+            return Some((task, thread, right.trim_ascii()));
         }
     }
     None
@@ -64,18 +63,18 @@ fn split_at_cpu(line: &str) -> Option<(&str, &str)> {
 
 /// `TASK-PID`, split at the last dash, or perf's `COMM PID` and `COMM PID/TID`.
 fn task_and_thread(left: &str) -> Option<(&str, u32)> {
-    let left = without_thread_group(left.trim());
+    let left = without_thread_group(left.trim_ascii());
     if let Some((task, thread)) = left.rsplit_once('-')
         && is_number(thread)
     {
-        return Some((task.trim(), thread.parse().ok()?));
+        return Some((task.trim_ascii(), thread.parse().ok()?));
     }
-    let (task, thread) = left.rsplit_once(char::is_whitespace)?;
+    let (task, thread) = left.rsplit_once(is_space)?;
     let thread = match thread.split_once('/') {
         Some((process, thread)) if is_number(process) => thread,
         _ => thread,
     };
-    is_number(thread).then(|| Some((task.trim(), thread.parse().ok()?)))?
+    is_number(thread).then(|| Some((task.trim_ascii(), thread.parse().ok()?)))?
 }
 
 /// Drops `(TGID)` or `(-------)` from the end.
@@ -84,7 +83,9 @@ fn without_thread_group(left: &str) -> &str {
         return left;
     };
     match group.strip_suffix(')') {
-        Some(id) if is_number(id.trim()) || id.bytes().all(|byte| byte == b'-') => front.trim_end(),
+        Some(id) if is_number(id.trim_ascii()) || id.bytes().all(|byte| byte == b'-') => {
+            front.trim_ascii_end()
+        }
         _ => left,
     }
 }
@@ -104,7 +105,9 @@ fn time(right: &str) -> Result<(u64, &str), LineError> {
         return Err(LineError::Prefix);
     }
     let seconds: u64 = seconds.parse().map_err(|_| bad())?;
-    let fraction: u64 = format!("{fraction:0<9}").parse().map_err(|_| bad())?;
+    // Of nine digits at most, which stand for nanoseconds when there are as many.
+    let digits = fraction.bytes().chain(std::iter::repeat(b'0')).take(9);
+    let fraction = digits.fold(0, |value, digit| value * 10 + u64::from(digit - b'0'));
     let time_ns = seconds
         .checked_mul(1_000_000_000)
         .and_then(|ns| ns.checked_add(fraction))
@@ -121,14 +124,23 @@ fn is_flags(word: &str) -> bool {
 }
 
 fn first_word(text: &str) -> Result<(&str, &str), LineError> {
-    let text = text.trim_start();
+    let text = text.trim_ascii_start();
     if text.is_empty() {
         return Err(LineError::Missing {
             field: "time stamp",
         });
     }
-    let (word, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-    Ok((word, rest.trim_start()))
+    let (word, rest) = cut_word(text);
+    Ok((word, rest.trim_ascii_start()))
+}
+
+/// The first word, and what is behind it.
+fn cut_word(text: &str) -> (&str, &str) {
+    text.split_once(is_space).unwrap_or((text, ""))
+}
+
+fn is_space(c: char) -> bool {
+    c.is_ascii_whitespace()
 }
 
 fn is_number(text: &str) -> bool {

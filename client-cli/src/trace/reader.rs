@@ -117,7 +117,10 @@ pub fn read(input: impl BufRead, report: impl FnMut(Unreadable)) -> Result<Trace
         match lines.next_line() {
             Ok(Some(Line::Text(bytes))) => {
                 number += 1;
-                reader.line(number, &String::from_utf8_lossy(bytes));
+                match str::from_utf8(bytes) {
+                    Ok(text) => reader.line(number, text),
+                    Err(_) => reader.line(number, &String::from_utf8_lossy(bytes)),
+                }
             }
             Ok(Some(Line::TooLong)) => {
                 number += 1;
@@ -175,7 +178,7 @@ impl<F: FnMut(Unreadable)> Reader<F> {
     }
 
     fn line(&mut self, number: u64, text: &str) {
-        let text = text.trim_end();
+        let text = text.trim_ascii_end();
         if let Some(lost) = lost_events(text) {
             self.flush();
             self.summary().lost = self.trace.summary.lost.saturating_add(lost);
@@ -309,7 +312,7 @@ fn was_folded(columns: usize, text: &str) -> bool {
 /// Events that a line says are lost: `CPU:3 [LOST 117 EVENTS]` of tracefs, `CPU:3 [117 EVENTS
 /// DROPPED]` of trace-cmd, and what was overwritten before the file was read, from its header.
 pub(super) fn lost_events(text: &str) -> Option<u64> {
-    let text = text.trim();
+    let text = text.trim_ascii();
     if let Some(counts) = text.strip_prefix("# entries-in-buffer/entries-written:") {
         let (kept, written) = counts.split_ascii_whitespace().next()?.split_once('/')?;
         let (kept, written): (u64, u64) = (kept.parse().ok()?, written.parse().ok()?);
@@ -331,7 +334,7 @@ pub(super) fn lost_events(text: &str) -> Option<u64> {
 
 /// Comments, empty lines, and what trace-cmd prints above the events.
 pub(super) fn is_header(text: &str) -> bool {
-    let text = text.trim();
+    let text = text.trim_ascii();
     let cpu_is_empty = || {
         let cpu = text
             .strip_prefix("CPU ")

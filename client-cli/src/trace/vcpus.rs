@@ -3,7 +3,7 @@
 //! QEMU names its vCPU threads `CPU n/KVM`. Anything else leaves the thread id: threads get
 //! numbers in the order in which they appear, leaving out numbers that are taken by name.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use super::reader::LineError;
 
@@ -14,7 +14,8 @@ pub const MAX_VCPU_ID: u32 = 4096;
 #[derive(Debug, Default)]
 pub(super) struct Vcpus {
     by_thread: HashMap<u32, u32>,
-    taken: HashSet<u32>,
+    /// By number, up to the highest that is taken.
+    taken: Vec<bool>,
 }
 
 impl Vcpus {
@@ -26,21 +27,35 @@ impl Vcpus {
         thread: u32,
     ) -> Result<u32, LineError> {
         if let Some(vcpu) = payload.or_else(|| from_task(task)) {
-            self.taken.insert(vcpu);
+            self.take(vcpu);
             return Ok(vcpu);
         }
         if let Some(vcpu) = self.by_thread.get(&thread) {
             return Ok(*vcpu);
         }
-        let vcpu = (0..MAX_VCPU_ID)
-            .find(|vcpu| !self.taken.contains(vcpu))
-            .ok_or(LineError::Threads {
-                thread,
-                limit: MAX_VCPU_ID,
-            })?;
-        self.taken.insert(vcpu);
+        let vcpu =
+            (0..MAX_VCPU_ID)
+                .find(|&vcpu| !self.is_taken(vcpu))
+                .ok_or(LineError::Threads {
+                    thread,
+                    limit: MAX_VCPU_ID,
+                })?;
+        self.take(vcpu);
         self.by_thread.insert(thread, vcpu);
         Ok(vcpu)
+    }
+
+    fn is_taken(&self, vcpu: u32) -> bool {
+        self.taken.get(vcpu as usize).is_some_and(|&taken| taken)
+    }
+
+    /// `vcpu` is below [`MAX_VCPU_ID`].
+    fn take(&mut self, vcpu: u32) {
+        let at = vcpu as usize;
+        if at >= self.taken.len() {
+            self.taken.resize(at + 1, false);
+        }
+        self.taken[at] = true;
     }
 }
 
