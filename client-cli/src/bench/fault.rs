@@ -1,16 +1,18 @@
-//! `fault`: one cold private fault through the module link, beside a ping-pong on an open stream.
+//! `fault`: one cold private fault through the module link, beside a ping-pong on an open stream,
+//! and beside both libraries in one process: what of it is the message and what the work.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use mirror_proto::module::ExecuteRequest;
 use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
-use tdp_mmu::{Fault, Mode, SlotSpec, Vm, VmConfig};
+use tdp_mmu::{Fault, Host, Mode, SeamPort, SlotSpec, Vm, VmConfig};
 use tdx_defs::Leaf;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::figure::{Figure, median, ns_per_op};
-use super::in_process::bench_error;
+use super::in_process::{Pair, bench_error};
 use super::{ModuleUrl, Plan, timed};
 use crate::error::Error;
 use crate::progress::Progress;
@@ -27,29 +29,34 @@ pub(super) async fn run(
     let linked = mmu_service::link_to(module, Duration::from_secs(10))
         .await
         .map_err(bench_error)?;
+    let pair = Pair::new()?;
     let mut rpcs = 0;
     let samples = plan
         .repeat(progress, async || {
-            let (fault, messages) = tokio::task::block_in_place(|| cold_faults(&linked))?;
-            rpcs = messages;
-            let ping = tokio::task::block_in_place(|| ping_pong(module))?;
-            Ok((fault, ping))
+            tokio::task::block_in_place(|| {
+                let (fault, messages) = cold_faults(linked.host(), linked.port())?;
+                rpcs = messages;
+                let ping = ping_pong(module)?;
+                let (here, _) = cold_faults(pair.host(), pair.port())?;
+                Ok(((fault, ping), (fault, here)))
+            })
         })
         .await?;
-    let names = (
-        "cold private fault, p50",
-        "ping-pong on an open stream, p50",
-    );
-    let figure = Figure::new(names, FAULTS, &samples).messages(rpcs);
-    Ok(vec![figure])
+    let (pings, works): (Vec<_>, Vec<_>) = samples.into_iter().unzip();
+    let name = "cold private fault, p50";
+    let figure = |floor, samples: &[_]| Figure::new((name, floor), FAULTS, samples).messages(rpcs);
+    Ok(vec![
+        figure("ping-pong on an open stream, p50", &pings),
+        figure("both libraries in one process, p50", &works),
+    ])
 }
 
-fn cold_faults(linked: &mmu_service::Linked) -> Result<(f64, u64), Error> {
+fn cold_faults(host: Arc<Host>, port: Arc<dyn SeamPort>) -> Result<(f64, u64), Error> {
     let config = VmConfig {
         mode: Mode::Batched,
         ..VmConfig::default()
     };
-    let (vm, _) = Vm::create(linked.host(), linked.port(), config).map_err(bench_error)?;
+    let (vm, _) = Vm::create(host, port, config).map_err(bench_error)?;
     let measured = measure(&vm);
     vm.destroy().map_err(bench_error)?;
     measured

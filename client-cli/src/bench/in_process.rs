@@ -42,6 +42,16 @@ impl Pair {
         })
     }
 
+    /// The host that VMs are built on.
+    pub(super) fn host(&self) -> Arc<Host> {
+        Arc::clone(&self.host)
+    }
+
+    /// The way to its module.
+    pub(super) fn port(&self) -> Arc<dyn SeamPort> {
+        Arc::clone(&self.port)
+    }
+
     /// A TD that runs, with `size` bytes of private memory from address 0 and nothing mapped.
     pub(super) fn vm(&self, vcpus: u16, size: u64) -> Result<Vm, Error> {
         let config = VmConfig {

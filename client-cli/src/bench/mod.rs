@@ -20,6 +20,7 @@ mod raw;
 mod remote;
 mod scale;
 mod scatter;
+mod trace;
 
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,8 @@ pub enum Name {
     Build,
     /// Two vCPUs beside one: disjoint regions, one region, one page
     Scale,
+    /// What tracing costs: faults through the closed gate, and populating with spans of every message
+    Trace,
     /// The floors by themselves
     Raw,
 }
@@ -100,6 +103,7 @@ pub async fn run(client: &Client, module: ModuleUrl<'_>, plan: Plan) -> Result<V
         Name::Convert => ranges::convert(client, plan, &progress).await,
         Name::Build => build::run(client, plan, &progress).await,
         Name::Scale => scale::run(plan, &progress).await,
+        Name::Trace => trace::run(client, plan, &progress).await,
         Name::Raw => raw::run(module, plan, &progress).await,
     }
 }

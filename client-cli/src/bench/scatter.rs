@@ -35,7 +35,7 @@ pub(super) async fn run(
         .repeat(progress, async || {
             let wire = remote::with_td(client, Mode::Batched, size, true, async |vm_id| {
                 let start = Instant::now();
-                tally = faults(client, vm_id, &order).await?;
+                tally = faults(client, vm_id, &order, &mut String::new).await?;
                 Ok(start.elapsed())
             })
             .await?;
@@ -62,7 +62,13 @@ fn shuffled(pages: u64) -> Vec<u64> {
     frames
 }
 
-async fn faults(client: &Client, vm_id: u64, order: &[u64]) -> Result<Tally, Error> {
+/// Write accesses to the frames of `order`; each message has its `traceparent`.
+pub(super) async fn faults(
+    client: &Client,
+    vm_id: u64,
+    order: &[u64],
+    traceparent: &mut dyn FnMut() -> String,
+) -> Result<Tally, Error> {
     let (asks, requests) = mpsc::channel(AHEAD);
     let mut answers = client
         .open(
@@ -84,6 +90,7 @@ async fn faults(client: &Client, vm_id: u64, order: &[u64]) -> Result<Tally, Err
                     ..WireFault::default()
                 })
                 .collect(),
+            traceparent: traceparent(),
             ..HandleFaultsRequest::default()
         })
         .collect();

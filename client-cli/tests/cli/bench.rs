@@ -13,6 +13,7 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
         ("hit", "4M", 64 * 4096),
         ("scale", "4M", 1024),
         ("fault", "2M", 100),
+        ("trace", "4M", 1 << 16),
         ("raw", "2M", 1000),
     ] {
         let ran = run([
