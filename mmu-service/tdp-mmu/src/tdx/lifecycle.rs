@@ -104,8 +104,18 @@ pub(crate) fn init_vcpu(
     let mut steps = vec![calls::vp_create(tdr, tdvpr)];
     steps.extend(pages[1..].iter().map(|&page| calls::vp_addcx(tdvpr, page)));
     steps.push(calls::vp_init(tdvpr, 0, x2apic_id));
+    steps.extend(vcpu_settings(tdvpr));
+    let failed = run_all(seam, &steps)?;
+    let taken = failed
+        .as_ref()
+        .map_or(pages.len(), |(at, _)| (*at).min(pages.len()));
+    Ok((taken, failed.map(|(at, result)| (steps[at].leaf, result))))
+}
+
+/// The three VMCS fields that KVM sets of a new vCPU.
+pub(crate) fn vcpu_settings(tdvpr: Pfn) -> [Step; 3] {
     let descriptor = tdvpr.base().get();
-    steps.extend([
+    [
         calls::vp_wr(tdvpr, field::POSTED_INTR_NV, POSTED_INTR_VECTOR, 0xFFFF),
         calls::vp_wr(tdvpr, field::POSTED_INTR_DESC_ADDR, descriptor, u64::MAX),
         calls::vp_wr(
@@ -114,12 +124,7 @@ pub(crate) fn init_vcpu(
             PIN_BASED_POSTED_INTR,
             PIN_BASED_POSTED_INTR,
         ),
-    ]);
-    let failed = run_all(seam, &steps)?;
-    let taken = failed
-        .as_ref()
-        .map_or(pages.len(), |(at, _)| (*at).min(pages.len()));
-    Ok((taken, failed.map(|(at, result)| (steps[at].leaf, result))))
+    ]
 }
 
 /// tdx_mmu_release_hkid: afterwards the key id is free, or stays assigned for good.
@@ -169,7 +174,10 @@ pub(crate) fn release_hkid(
 }
 
 /// wbinvd_cpu: from the start, then resumed while a host interrupt stops it.
-fn write_back_caches(seam: &mut Seam<'_>, lp: u32) -> Result<CompletionStatus, SeamError> {
+pub(crate) fn write_back_caches(
+    seam: &mut Seam<'_>,
+    lp: u32,
+) -> Result<CompletionStatus, SeamError> {
     let mut resume = false;
     let mut tries = 0;
     loop {
@@ -220,7 +228,7 @@ pub(crate) fn reclaim_control_pages(
 }
 
 /// Runs `steps` until one fails: which, and how. Informational statuses pass.
-fn run_all(
+pub(crate) fn run_all(
     seam: &mut Seam<'_>,
     steps: &[Step],
 ) -> Result<Option<(usize, SeamcallResult)>, SeamError> {

@@ -118,13 +118,32 @@ impl Hooks<'_> {
             removed.kept.extend_from_slice(leaves);
             return Ok(());
         }
-        if self.td.is_runnable() {
-            let mut ignored = BTreeSet::new();
-            self.each(seam, &leaves[..1], &mut ignored, true, &|_| {
-                calls::mem_track(tdr)
-            })?;
-            self.kick(&mut seam.counts);
+        self.track(seam, leaves[0])?;
+        self.remove_blocked(seam, leaves, kept, removed)
+    }
+
+    /// tdx_track, for `first` and whatever else was blocked before.
+    pub(crate) fn track(&self, seam: &mut Seam<'_>, first: Leaving) -> Result<(), SeamError> {
+        if !self.td.is_runnable() {
+            return Ok(());
         }
+        let tdr = self.td.tdr();
+        self.each(seam, &[first], &mut BTreeSet::new(), true, &|_| {
+            calls::mem_track(tdr)
+        })?;
+        self.kick(&mut seam.counts);
+        Ok(())
+    }
+
+    /// REMOVE and cache write-back of blocked leaves; those in `kept` are left out.
+    pub(crate) fn remove_blocked(
+        &self,
+        seam: &mut Seam<'_>,
+        leaves: &[Leaving],
+        mut kept: BTreeSet<usize>,
+        removed: &mut Removed,
+    ) -> Result<(), SeamError> {
+        let tdr = self.td.tdr();
         self.each(seam, leaves, &mut kept, true, &|leaf| {
             calls::mem_page_remove(tdr, leaf.gfn, Level::L4K)
         })?;
@@ -138,7 +157,7 @@ impl Hooks<'_> {
     }
 
     /// Makes one call for each leaf that is not in `out`; those that fail for good join it.
-    fn each(
+    pub(crate) fn each(
         &self,
         seam: &mut Seam<'_>,
         leaves: &[Leaving],

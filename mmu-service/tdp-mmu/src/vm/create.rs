@@ -11,6 +11,7 @@ use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
 use crate::host::Host;
+use crate::ledger::{Forgetful, Ledger, Note, TdRecord};
 use crate::mmu::Mmu;
 use crate::mmu::layout::{Layout, VmKind};
 use crate::seam::{Batch, SeamError, SeamPort, Ticket};
@@ -54,18 +55,32 @@ impl Vm {
 
     /// KVM_CREATE_VM: an ordinary VM, or one that is to be a TD. The module does not hear of it.
     pub fn new(host: Arc<Host>, port: Arc<dyn SeamPort>, config: VmConfig) -> Self {
+        Self::kept_in(host, port, config, Arc::new(Forgetful))
+    }
+
+    /// The same, for a VM whose notes go to `ledger`, so that [`Recovery`](crate::Recovery) can
+    /// make it again.
+    pub fn kept_in(
+        host: Arc<Host>,
+        port: Arc<dyn SeamPort>,
+        config: VmConfig,
+        ledger: Arc<dyn Ledger>,
+    ) -> Self {
         // A VM with private memory has no SMM address space.
         let (td, address_spaces) = match config.kind {
             VmKind::Td => (Td::new(), 1),
             VmKind::Ordinary => (Td::none(), 2),
         };
+        let mmu = Mmu::new(Layout::new(config.gpaw, config.kind));
+        mmu.bugs.keep_in(Arc::clone(&ledger));
         Self {
             td,
             // Model: the guest's address width comes with the VM, not with KVM_TDX_INIT_VM, so
             // that one description says all there is to know of it.
-            mmu: Mmu::new(Layout::new(config.gpaw, config.kind)),
+            mmu,
             host,
             port,
+            ledger,
             nx_huge_pages: super::AtomicBool::new(config.nx_huge_pages),
             config,
             slots: super::Slots::new(address_spaces),
@@ -106,6 +121,18 @@ impl Vm {
             self.host.hkids.free(hkid);
             return Err(out_of_memory(&self.host));
         };
+        let record = TdRecord {
+            tdr: pages[0],
+            hkid,
+            pages: pages[1..].to_vec(),
+        };
+        if let Err(error) = self.note(Note::Td(record)) {
+            pages
+                .into_iter()
+                .for_each(|page| self.host.memory.free_page(page));
+            self.host.hkids.free(hkid);
+            return Err(error.into());
+        }
         self.td.assign(pages.remove(0), hkid);
         let mut seam = self.seam(0);
         match lifecycle::init_td(&self.host, &mut seam, &self.td, &params, &pages) {
@@ -146,6 +173,7 @@ impl Vm {
             if let Some(hkid) = self.td.release_hkid() {
                 self.host.hkids.free(hkid);
             }
+            self.note_end_of_td();
             return;
         }
         let released = lifecycle::release_hkid(&self.host, seam, &self.td, &self.mmu.bugs, &[]);
@@ -154,6 +182,16 @@ impl Vm {
             let leaked = lifecycle::reclaim_control_pages(&self.host, seam, &self.td).unwrap_or(1);
             self.leaked.fetch_add(leaked, super::Ordering::Relaxed);
             self.td.forget_tdr();
+            if leaked == 0 {
+                self.note_end_of_td();
+            }
+        }
+    }
+
+    /// Should the note be lost, the module itself shows that the TD is gone.
+    pub(crate) fn note_end_of_td(&self) {
+        if let Err(error) = self.note(Note::NoTd) {
+            tracing::warn!(%error, "the end of a TD is not written down");
         }
     }
 
@@ -189,7 +227,7 @@ impl Vm {
         Ok((mrtd, self.finish(seam)))
     }
 
-    fn read_mrtd(&self, seam: &mut Seam<'_>) -> Result<[u8; 48], VmError> {
+    pub(super) fn read_mrtd(&self, seam: &mut Seam<'_>) -> Result<[u8; 48], VmError> {
         let steps: Vec<_> = (0..6)
             .map(|word| calls::mng_rd(self.td.tdr(), field::TDCS_MRTD + word))
             .collect();
