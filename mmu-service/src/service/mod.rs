@@ -19,6 +19,7 @@ use telemetry::propagate::traceparent_of;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::shell::Shell;
+pub(crate) use lifecycle::vm_config;
 use stream::Answers;
 
 /// Path of HandleFault.

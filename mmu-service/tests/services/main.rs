@@ -11,6 +11,7 @@ mod page;
 mod proxy;
 mod ranges;
 mod refusals;
+mod restart;
 mod run;
 mod stack;
 mod surface;
