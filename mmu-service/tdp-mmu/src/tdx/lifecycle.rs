@@ -6,6 +6,7 @@
 use tdx_defs::{CompletionStatus, Leaf, PAGE_SIZE, Pfn, SeamcallResult, TdParams, field};
 
 use super::calls::{self, Step};
+use super::lost::surely;
 use super::remove::reclaim;
 use super::seam::{Seam, Verdict};
 use super::td::Td;
@@ -142,13 +143,15 @@ pub(crate) fn release_hkid(
         });
     };
     for &(tdvpr, lp) in vcpus {
-        let status = seam.call(&calls::vp_flush(tdvpr).on(lp))?.status();
+        let status = surely(seam, &calls::vp_flush(tdvpr).on(lp), None)?;
         if !status.is_success() && !status.is(CompletionStatus::VCPU_NOT_ASSOCIATED) {
             bug(Leaf::VP_FLUSH, status);
         }
     }
     let _tdx = lock(&host.tdx_lock);
-    let status = seam.call(&calls::mng_vpflushdone(td.tdr()))?.status();
+    // What TDH.MNG.VPFLUSHDONE and TDH.MNG.KEY.FREEID answer when they are made again.
+    let done = Some(CompletionStatus::LIFECYCLE_STATE_INCORRECT);
+    let status = surely(seam, &calls::mng_vpflushdone(td.tdr()), done)?;
     if status.is(CompletionStatus::FLUSHVP_NOT_DONE) {
         return Ok(());
     }
@@ -162,7 +165,7 @@ pub(crate) fn release_hkid(
             bug(Leaf::PHYMEM_CACHE_WB, status);
         }
     }
-    let status = seam.call(&calls::mng_key_freeid(td.tdr()))?.status();
+    let status = surely(seam, &calls::mng_key_freeid(td.tdr()), done)?;
     if !status.is_success() {
         bug(Leaf::MNG_KEY_FREEID, status);
         return Ok(());
@@ -181,7 +184,8 @@ pub(crate) fn write_back_caches(
     let mut resume = false;
     let mut tries = 0;
     loop {
-        let status = seam.call(&calls::phymem_cache_wb(resume).on(lp))?.status();
+        let resumed = Some(CompletionStatus::WBCACHE_RESUME_ERROR).filter(|_| resume);
+        let status = surely(seam, &calls::phymem_cache_wb(resume).on(lp), resumed)?;
         tries += 1;
         if !status.is(CompletionStatus::INTERRUPTED_RESUMABLE) || tries == CACHE_WB_TRIES {
             return Ok(status);
@@ -220,7 +224,7 @@ pub(crate) fn reclaim_control_pages(
     let platform = host.platform();
     let write_back =
         calls::phymem_page_wbinvd(td.tdr(), platform.global_hkid, platform.hkid_shift());
-    let written = seam.call(&write_back)?.status().is_success();
+    let written = surely(seam, &write_back, None)?.is_success();
     if written {
         host.memory.free_page(td.tdr());
     }

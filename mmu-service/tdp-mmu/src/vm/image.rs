@@ -153,6 +153,11 @@ impl Vm {
         seam.script(&steps, &mut |_, _, result| {
             failed = Some(result.status());
             Verdict::Stop
+        })
+        .inspect_err(|error| {
+            self.mmu.bugs.kill(Check::Unsettled, || {
+                format!("the measurement is unknown: {error}")
+            });
         })?;
         match failed {
             None => Ok(()),

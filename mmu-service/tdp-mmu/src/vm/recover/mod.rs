@@ -32,6 +32,7 @@ use std::sync::Arc;
 
 use tdx_defs::{CompletionStatus, Leaf, PageType, SeamcallResult, field};
 
+use super::create::OP_STATE_RUNNABLE;
 use super::{AuditReport, Mode, Vm};
 use crate::bugs::Check;
 use crate::counts::Counts;
@@ -214,7 +215,6 @@ impl Recovery {
 
 /// TDCS.OP_STATE.
 const OP_STATE_INITIALIZED: u64 = 1;
-const OP_STATE_RUNNABLE: u64 = 2;
 
 /// What there is of a TD.
 enum Found {

@@ -12,6 +12,7 @@ use crate::host::BLOCK_PAGES;
 use crate::ledger::Note;
 use crate::mmu::arena::TableId;
 use crate::tdx::calls;
+use crate::tdx::lost::Trace;
 use crate::tdx::remove::{Leaving, Removed};
 use crate::tdx::seam::{Seam, Verdict};
 use crate::vm::Vm;
@@ -50,7 +51,7 @@ impl Recovery {
         let open: Vec<Leaving> = open.into_iter().map(|(leaf, _)| leaf).collect();
         let tdr = vm.td.tdr();
         let mut stuck = BTreeSet::new();
-        hooks.each(seam, &open, &mut stuck, true, &|leaf| {
+        hooks.each(seam, &open, &mut stuck, (true, Trace::Blocked), &|leaf| {
             calls::mem_range_block(tdr, leaf.gfn, Level::L4K)
         })?;
         let first = (blocked.iter().map(|(leaf, _)| *leaf))
