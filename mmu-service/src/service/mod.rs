@@ -151,3 +151,6 @@ mmu_service! {
     set_nx_huge_pages: SetNxHugePagesRequest => SetNxHugePagesResponse, tables;
     recover_nx_huge_pages: RecoverNxHugePagesRequest => RecoverNxHugePagesResponse, tables;
 }
+
+#[cfg(test)]
+mod cancelled;
