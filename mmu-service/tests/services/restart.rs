@@ -123,6 +123,16 @@ impl Pair {
         self.start_service().await;
     }
 
+    /// SIGTERM: an orderly end.
+    async fn stop_and_restart(&mut self) {
+        let service = self.service.take().unwrap();
+        let pid = service.child.lock().unwrap().id().to_string();
+        assert!(Command::new("kill").arg(&pid).status().unwrap().success());
+        let ended = service.child.lock().unwrap().wait().unwrap();
+        assert!(ended.success(), "{ended}");
+        self.start_service().await;
+    }
+
     async fn run(&mut self, vm_id: u64, ops: Vec<Op>) -> wire::RunVcpuResponse {
         let (asks, requests) = tokio::sync::mpsc::channel(1);
         let ops = ops.into_iter().map(|op| wire::RunOp { op: Some(op) });
@@ -173,6 +183,14 @@ async fn vms_and_their_memory_outlive_a_killed_service() {
             panic!("{ran:?}");
         };
         assert_eq!(resumed.data, b"\0\0\0\0secret\0\0");
+
+        pair.stop_and_restart().await;
+        assert_eq!(
+            pair.stack.list().await,
+            before,
+            "{mode:?}: an orderly end keeps them"
+        );
+        pair.stack.assert_clean(vm_id).await;
 
         // It works on: what is there is there, what was converted is shared, the rest can come.
         let again = pair.stack.prefault(vm_id, 2 * MIB, MIB).await.unwrap();

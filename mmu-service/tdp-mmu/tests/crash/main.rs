@@ -105,8 +105,9 @@ fn use_it(vm: &Vm, when: &str) {
     check(vm, when);
 }
 
-/// A process after the last one: everything is there, works, and goes.
-fn take_over(world: &World, when: &str) {
+/// A process after the last one: everything is there, works, and goes. Answers how many blocked
+/// leaves it gave back.
+fn take_over(world: &World, when: &str) -> u64 {
     let may_be_dead: BTreeMap<u64, bool> = {
         let store = lock(&world.store);
         let vms = store.vms.iter();
@@ -133,6 +134,7 @@ fn take_over(world: &World, when: &str) {
     }
     drop(vms);
     world.assert_nothing_left(&process, when);
+    process.unblocked.into_inner()
 }
 
 /// The workload in a process of so many steps. Whether it came to its end.
@@ -147,16 +149,18 @@ fn run(world: &World, mode: Mode, steps: u64) -> bool {
 fn a_process_may_die_before_any_of_its_steps() {
     for mode in [Mode::Batched, Mode::Kernel] {
         let mut steps = 0;
+        let mut unblocked = 0;
         loop {
             let world = World::new();
             let is_through = run(&world, mode, steps);
-            take_over(&world, &format!("{mode:?}, dead after {steps} steps"));
+            unblocked += take_over(&world, &format!("{mode:?}, dead after {steps} steps"));
             if is_through {
                 break;
             }
             steps += 1;
         }
         assert!(steps > 200, "{mode:?}: {steps} steps");
+        assert_ne!(unblocked, 0, "{mode:?}: no removal was cut in two");
     }
 }
 
@@ -235,4 +239,101 @@ fn private_memory_outlives_the_process() {
     assert_eq!(read.data, data);
     assert_eq!(second.destroy(1, vm).unwrap(), 0);
     world.assert_nothing_left(&second, "at the end");
+}
+
+/// A TD with pages in two slots, whose process is gone.
+fn leave_behind(world: &World) {
+    let process = world.process(u64::MAX);
+    let vm = process.create(1, config(Mode::Batched)).unwrap();
+    vm.add_vcpu().unwrap();
+    for (slot_id, first) in [(0, 0), (1, 0x1000)] {
+        vm.set_user_memory_region(gmem_slot(slot_id, first, 0x200))
+            .unwrap();
+        vm.set_memory_attributes(first * PAGE, 0x200 * PAGE, 8)
+            .unwrap();
+    }
+    vm.finalize().unwrap();
+    for gfn in [0, 1, 0x1000, 0x1001, 0x1002] {
+        vm.handle_fault(0, private(gfn)).unwrap();
+    }
+    std::mem::forget(vm);
+}
+
+#[test]
+fn pages_that_the_guest_must_not_have_are_taken_away() {
+    for (case, spoil, removed) in [
+        (
+            "a shared frame",
+            (|vm| vm.private = BTreeMap::from([(1, 0x200), (0x1000, 0x1200)]))
+                as fn(&mut tdp_mmu::VmRecord),
+            1,
+        ),
+        (
+            "a slot that is not there",
+            |vm| {
+                vm.slots.remove(&1);
+            },
+            3,
+        ),
+        (
+            "another slot in its place",
+            |vm| {
+                vm.slots.insert(1, gmem_slot(1, 0xFFF, 0x200));
+            },
+            3,
+        ),
+    ] {
+        let world = World::new();
+        leave_behind(&world);
+        spoil(lock(&world.store).vms.get_mut(&1).unwrap());
+        let process = world.process(u64::MAX);
+        let vms = process.recover().unwrap();
+        let vm = &vms[&1];
+        assert_eq!(vm.bugs().reason(), None, "{case}");
+        check(vm, case);
+        let took = process.removed.load(std::sync::atomic::Ordering::SeqCst);
+        assert_eq!(took, removed, "{case}");
+        assert_eq!(vm.info().pages_4k, 5 - removed, "{case}");
+        use_it(vm, case);
+        assert_eq!(process.destroy(1, vm).unwrap(), 0, "{case}");
+        drop(vms);
+        world.assert_nothing_left(&process, case);
+    }
+}
+
+#[test]
+fn what_cannot_be_made_again_is_dead_and_the_others_serve() {
+    let world = World::new();
+    leave_behind(&world);
+    {
+        let mut store = lock(&world.store);
+        let record = store.vms[&1].clone();
+        // No address of a slot.
+        let broken = record.slots[&0];
+        store.vms.get_mut(&1).unwrap().slots.insert(
+            0,
+            tdp_mmu::SlotSpec {
+                gpa: broken.gpa + 1,
+                ..broken
+            },
+        );
+    }
+    let process = world.process(u64::MAX);
+    let other = {
+        let vms = process.recover().unwrap();
+        let reason = vms[&1].bugs().reason().unwrap();
+        assert!(reason.contains("cannot be made again"), "{reason}");
+        let vm = process.create(2, config(Mode::Batched)).unwrap();
+        vm.add_vcpu().unwrap();
+        vm.set_user_memory_region(gmem_slot(0, 0, 0x200)).unwrap();
+        vm.set_memory_attributes(0, 0x200 * PAGE, 8).unwrap();
+        vm.finalize().unwrap();
+        for gfn in 0..0x200 {
+            vm.handle_fault(0, private(gfn)).unwrap();
+        }
+        std::mem::forget(vms);
+        vm
+    };
+    check(&other, "beside a dead one");
+    assert_eq!(process.destroy(2, &other).unwrap(), 0);
 }

@@ -54,6 +54,8 @@ impl World {
             host,
             port,
             store: Arc::clone(&self.store),
+            unblocked: AtomicU64::new(0),
+            removed: AtomicU64::new(0),
         }
     }
 
@@ -103,6 +105,9 @@ pub(crate) struct Process {
     pub(crate) host: Arc<Host>,
     pub(crate) port: Arc<dyn SeamPort>,
     store: Arc<Mutex<Store>>,
+    /// Leaves that its recovery gave back to the guest, and took away.
+    pub(crate) unblocked: AtomicU64,
+    pub(crate) removed: AtomicU64,
 }
 
 impl Process {
@@ -171,7 +176,11 @@ impl Process {
         let mut vms = BTreeMap::new();
         for (id, record) in records {
             match recovery.vm(record, self.ledger(id))? {
-                Settled::Vm(vm, _) => drop(vms.insert(id, *vm)),
+                Settled::Vm(vm, report) => {
+                    self.unblocked.fetch_add(report.unblocked, Ordering::SeqCst);
+                    self.removed.fetch_add(report.removed, Ordering::SeqCst);
+                    vms.insert(id, *vm);
+                }
                 Settled::Gone { leaked } => {
                     if !self.is_dead() {
                         assert_eq!(leaked, 0, "VM {id} leaves pages behind");

@@ -125,12 +125,12 @@ impl Recovery {
                 Found::Td { finalized } => self.adopt_td(&mut seam, &vm, td, finalized)?,
             }
         }
-        self.restore(&vm, &record)?;
+        broken(&vm, self.restore(&vm, &record))?;
         if vm.td.hkid().is_some() {
-            self.restore_vcpus(&mut seam, &vm, &record)?;
+            broken(&vm, self.restore_vcpus(&mut seam, &vm, &record))?;
             self.rebuild(&mut seam, &vm, &mut recovered)?;
         } else {
-            self.restore_plain_vcpus(&vm, &record)?;
+            broken(&vm, self.restore_plain_vcpus(&vm, &record))?;
         }
         recovered.counts += &seam.counts;
         if record.going {
@@ -236,6 +236,21 @@ fn patiently(seam: &mut Seam<'_>, step: &Step) -> Result<SeamcallResult, SeamErr
             return Ok(result);
         }
         thread::yield_now();
+    }
+}
+
+/// A record that does not make sense ends its VM and not the recovery; a module that does not
+/// answer ends the recovery.
+fn broken(vm: &Vm, outcome: Result<(), VmError>) -> Result<(), VmError> {
+    match outcome {
+        Err(error @ VmError::Seam(_)) => Err(error),
+        Err(error) => {
+            vm.mmu.bugs.kill(Check::Unsettled, || {
+                format!("the VM cannot be made again: {error}")
+            });
+            Ok(())
+        }
+        Ok(()) => Ok(()),
     }
 }
 

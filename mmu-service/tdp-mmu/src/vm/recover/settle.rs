@@ -44,6 +44,10 @@ impl Recovery {
             strangers,
         } = misplaced;
         let blocks = self.claim(strangers.iter().map(|(leaf, _)| leaf.pfn));
+        if vm.mmu.bugs.is_dead() {
+            // Without its slots nobody can tell what belongs where: all stays as it is.
+            return Ok(());
+        }
         let mut going: Vec<(Leaving, bool)> = shared;
         going.extend(&strangers);
         let hooks = vm.hooks();
