@@ -25,6 +25,9 @@ pub enum Error {
     /// A listener could not be bound.
     #[error("listen: nobody can listen there")]
     Bind(#[source] transport::BindError),
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    State(crate::store::StateError),
     /// The thread of the module link could not be started.
     #[error("the module link cannot be started")]
     Link(#[source] io::Error),

@@ -3,6 +3,7 @@
 //! Parsed once, checked by clap, then passed down explicitly.
 
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, value_parser};
@@ -31,6 +32,11 @@ pub struct Config {
     /// Where the TDX module listens, unix:///path or http://host:port.
     #[arg(long, value_name = "URL", env = "MMU_MODULE", default_value = DEFAULT_MODULE)]
     pub module: Address,
+
+    /// Where the state is that outlives the service: VMs are there again after a restart. A
+    /// directory of its own, which nobody else may enter. Without it VMs end with the service.
+    #[arg(long, value_name = "DIR", env = "MMU_STATE")]
+    pub state: Option<PathBuf>,
 
     /// What the service takes on at a time.
     #[command(flatten)]

@@ -20,14 +20,17 @@ mod link;
 mod linked;
 mod metrics;
 mod reasons;
+mod recover;
 mod registry;
 mod server;
 mod service;
 mod shell;
 mod status;
+mod store;
 mod web;
 
 pub use cli::{Error, cli_main};
 pub use config::{Command, Config, DEFAULT_LISTEN, DEFAULT_MODULE, Limits, Link, Page, Tracing};
 pub use linked::{Linked, LinkedError, link_to};
 pub use server::run;
+pub use store::StateError;

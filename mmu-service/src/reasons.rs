@@ -31,6 +31,12 @@ transport::reasons! {
     MODULE_UNREACHABLE: Unavailable, "`RetryInfo`, `errno` EIO",
         "the module does not answer",
         "see whether it runs, then send it again";
+    RECOVERING: Unavailable, "`RetryInfo`, `errno` EAGAIN",
+        "the service has restarted and makes the VMs of its earlier run again",
+        "send it again after the delay, or wait until the health is SERVING";
+    STATE_NOT_WRITTEN: Unavailable, "`errno` EIO",
+        "what the operation is about to do could not be written to `--state`; it was not done",
+        "make room on the disk or mend it, then send it again";
     DRAINING: Unavailable, "`errno` ESHUTDOWN",
         "the service is stopping",
         "wait for the next one";

@@ -5,7 +5,7 @@ transport::reasons! {
         "a field is out of its range; no call has run",
         "correct the field; its limit is in the message and in GetPlatform";
     UNKNOWN_SESSION: NotFound, "`session`, `instance`",
-        "the session has no replay window here, and the batch is not its first: it was forgotten, or the module started anew",
+        "the session has no replay window here, and the batch is not its first: it was forgotten or ended, or the module started anew",
         "compare `instance` with that of earlier answers: another one means that the TDs are gone. Begin a new session with sequence 1";
     BELOW_REPLAY_WINDOW: FailedPrecondition, "`lowest`",
         "the number is so old that its answer is gone, so that it cannot be told whether it ran",

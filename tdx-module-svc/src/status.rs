@@ -39,6 +39,12 @@ pub(crate) enum Refusal {
         /// The instance that does not know it.
         instance: String,
     },
+    /// Somebody ended the session.
+    #[error("session {session:?} was ended")]
+    SessionEnded {
+        /// Name of the session.
+        session: String,
+    },
     /// The answer may have been there once.
     #[error("sequence {sequence} is below the replay window, the lowest is {lowest}")]
     BelowWindow {
@@ -78,7 +84,7 @@ impl Refusal {
     pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::Field(_) => reasons::INVALID_FIELD,
-            Self::UnknownSession { .. } => reasons::UNKNOWN_SESSION,
+            Self::UnknownSession { .. } | Self::SessionEnded { .. } => reasons::UNKNOWN_SESSION,
             Self::BelowWindow { .. } => reasons::BELOW_REPLAY_WINDOW,
             Self::SequenceReused { .. } => reasons::SEQUENCE_REUSED,
             Self::TooManySessions { .. } => reasons::SESSIONS_IN_USE,
@@ -105,6 +111,9 @@ impl From<Refusal> for Status {
             } => {
                 metadata.insert("session".to_owned(), session);
                 metadata.insert("instance".to_owned(), instance);
+            }
+            Refusal::SessionEnded { session } => {
+                metadata.insert("session".to_owned(), session);
             }
             Refusal::BelowWindow { lowest, .. } => {
                 metadata.insert("lowest".to_owned(), lowest.to_string());

@@ -24,10 +24,11 @@ mod window;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
-use mirror_proto::module::{ExecuteRequest, ExecuteResponse};
+use mirror_proto::module::{EndSessionsRequest, ExecuteRequest, ExecuteResponse};
 use mirror_proto::seamcall_to_wire;
 use tdp_mmu::{Batch, HostError, SeamError, SeamPort, Ticket, Via};
 use tdx_defs::SeamcallResult;
@@ -41,6 +42,7 @@ pub(crate) use spans::operation;
 
 use crate::metrics::{Flight, LinkMetrics, Summary};
 use attachment::Instances;
+use connection::dial;
 use lane::Lane;
 use spans::MessageSpan;
 use unary::Calls;
@@ -103,6 +105,9 @@ pub(crate) enum LinkError {
         /// That run.
         instance: String,
     },
+    /// The module refuses something that it should know.
+    #[error("the module refuses it")]
+    Refused(#[source] Box<tonic::Status>),
     /// The link has no connection at the moment.
     #[error("the module is not reachable: {reason}")]
     Down {
@@ -164,6 +169,9 @@ struct LaneHandle {
 
 /// The link to one module. Dropping it ends its thread; batches under way are then unknown.
 pub(crate) struct ModuleLink {
+    /// What the names of its sessions begin with.
+    name: String,
+    guests: AtomicU64,
     shared: Arc<Shared>,
     lanes: Vec<LaneHandle>,
     calls: Arc<Calls>,
@@ -206,6 +214,8 @@ impl ModuleLink {
             })?;
         let call_window = Window::new(shared.config.calls);
         Ok(Arc::new(Self {
+            name,
+            guests: AtomicU64::new(0),
             shared,
             lanes,
             calls,
@@ -213,6 +223,42 @@ impl ModuleLink {
             io,
             _stop: stop,
         }))
+    }
+
+    /// What the names of its sessions begin with; no other link has it.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A session for one vCPU that goes inside.
+    fn guest_session(&self) -> String {
+        let number = self.guests.fetch_add(1, Ordering::Relaxed);
+        format!("{}-g{number}", self.name)
+    }
+
+    /// Ends the sessions of an earlier link: when this returns, the module has done all of theirs
+    /// that it will ever do.
+    pub(crate) async fn end_sessions(self: &Arc<Self>, prefix: &str) -> Result<(), LinkError> {
+        let (link, prefix) = (Arc::clone(self), prefix.to_owned());
+        let ended = self.io.spawn(async move {
+            let mut connection = dial(&link.shared).await?;
+            let limit = link.shared.config.rpc_deadline;
+            let asked = connection
+                .client
+                .end_sessions(EndSessionsRequest { prefix });
+            match tokio::time::timeout(limit, asked).await {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(status)) => Err(LinkError::Refused(Box::new(status))),
+                Err(_) => Err(LinkError::Silent {
+                    module: link.shared.config.module.clone(),
+                    limit,
+                }),
+            }
+        });
+        ended.await.unwrap_or_else(|_| {
+            let reason = ENDED.to_owned();
+            Err(LinkError::Down { reason })
+        })
     }
 
     /// Whether the module is there, now and later.

@@ -4,6 +4,7 @@
 
 use tdx_defs::{CompletionStatus, Gpa, Leaf};
 
+use crate::ledger::LedgerError;
 use crate::seam::SeamError;
 
 /// The exit record of KVM_EXIT_MEMORY_FAULT.
@@ -34,6 +35,8 @@ pub enum ErrorKind {
     Aborted,
     /// The module does not answer.
     Unavailable,
+    /// The state could not be written.
+    NotKept,
     /// An invariant is broken.
     Internal,
     /// The access left KVM_RUN with an exit record.
@@ -150,6 +153,9 @@ pub enum VmError {
     /// The slot under the address is being deleted.
     #[error("the memory slot under {0} is being deleted")]
     SlotGoing(Gpa),
+    /// What the operation is about to do could not be written down; nothing was done.
+    #[error("the state cannot be written: {0}")]
+    NotKept(#[from] LedgerError),
     /// The module cannot be reached.
     #[error(transparent)]
     Seam(#[from] SeamError),
@@ -176,9 +182,11 @@ impl VmError {
             }
             Self::HostFault(_) => errno::EFAULT,
             Self::SlotOverlaps(_) => errno::EEXIST,
-            Self::Dead { .. } | Self::NoTd { .. } | Self::AlreadyMapped(_) | Self::Seam(_) => {
-                errno::EIO
-            }
+            Self::Dead { .. }
+            | Self::NoTd { .. }
+            | Self::AlreadyMapped(_)
+            | Self::NotKept(_)
+            | Self::Seam(_) => errno::EIO,
             Self::Refused {
                 leaf: Leaf::MNG_INIT,
                 status,
@@ -246,6 +254,7 @@ impl VmError {
             } if status.is(CompletionStatus::OPERAND_INVALID) => ErrorKind::InvalidArgument,
             Self::Refused { .. } => ErrorKind::Internal,
             Self::Busy { .. } | Self::SlotGoing(_) => ErrorKind::Aborted,
+            Self::NotKept(_) => ErrorKind::NotKept,
             Self::Seam(SeamError::Restarted { .. }) => ErrorKind::FailedPrecondition,
             Self::Seam(_) => ErrorKind::Unavailable,
         }

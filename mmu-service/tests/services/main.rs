@@ -12,6 +12,7 @@ mod page;
 mod proxy;
 mod ranges;
 mod refusals;
+mod restart;
 mod run;
 mod stack;
 mod surface;

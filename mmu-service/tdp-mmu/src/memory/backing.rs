@@ -103,6 +103,27 @@ impl Backing {
         Ok(Pfn::new(block + page))
     }
 
+    /// Page `offset` is `pfn` since an earlier process. Whether that can be: the first page of a
+    /// region claims its block from the host, the others must lie in it.
+    pub(crate) fn adopt(&self, offset: u64, pfn: Pfn) -> bool {
+        let (region_at, page) = (offset / BLOCK_PAGES, offset % BLOCK_PAGES);
+        let Some(block) = pfn.get().checked_sub(page).filter(|_| offset < self.pages) else {
+            return false;
+        };
+        let chunk = self.chunk(region_at);
+        let region = &chunk.regions[(region_at % CHUNK_REGIONS) as usize];
+        let _changing = lock(&chunk.changing);
+        match region.block.load(Ordering::Acquire) {
+            0 if self.host.memory.reserve(Pfn::new(block)) => {
+                region.block.store(block, Ordering::Release);
+            }
+            there if there == block && block != 0 => {}
+            _ => return false,
+        }
+        region.present[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::AcqRel);
+        true
+    }
+
     /// Takes pages away; how many there were.
     pub(crate) fn punch(&self, range: Range<u64>) -> u64 {
         let range = range.start..range.end.min(self.pages);

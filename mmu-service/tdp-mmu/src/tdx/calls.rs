@@ -167,6 +167,10 @@ pub(crate) fn mem_range_block(tdr: Pfn, gfn: Gfn, level: Level) -> Step {
     Step::new(Leaf::MEM_RANGE_BLOCK, sept(gfn, level), hpa(tdr))
 }
 
+pub(crate) fn mem_range_unblock(tdr: Pfn, gfn: Gfn, level: Level) -> Step {
+    Step::new(Leaf::MEM_RANGE_UNBLOCK, sept(gfn, level), hpa(tdr))
+}
+
 pub(crate) fn mem_track(tdr: Pfn) -> Step {
     Step::new(Leaf::MEM_TRACK, hpa(tdr), 0)
 }

@@ -335,7 +335,7 @@ const READ_TRIES: u32 = 1000;
 
 impl Hooks<'_> {
     /// TDH.MEM.SEPT.RD, until it is an answer: busy says nothing about the entry.
-    fn read_entry(
+    pub(super) fn read_entry(
         &self,
         seam: &mut Seam<'_>,
         gfn: Gfn,

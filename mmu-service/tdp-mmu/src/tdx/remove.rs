@@ -13,12 +13,15 @@
 //! | TRACK | VM bugged, goes on |
 //! | REMOVE | VM bugged, the page stays blocked |
 //! | cache write-back | VM bugged |
+//!
+//! A call whose answer was lost is looked up and, if need be, made again ([`lost`](super::lost)).
 
 use std::collections::BTreeSet;
 
-use tdx_defs::{CompletionStatus, Gfn, Leaf, Level, Pfn, SeamcallResult};
+use tdx_defs::{CompletionStatus, Gfn, Leaf, Level, PageType, Pfn, SeamcallResult};
 
 use super::calls::{self, Step};
+use super::lost::{LOST_TRIES, Trace, page_type};
 use super::seam::{Seam, Verdict};
 use super::td::Td;
 use crate::bugs::{Bugs, Check};
@@ -111,42 +114,99 @@ impl Hooks<'_> {
         }
         let tdr = self.td.tdr();
         let mut kept = BTreeSet::new();
-        self.each(seam, leaves, &mut kept, true, &|leaf| {
+        self.each(seam, leaves, &mut kept, (true, Trace::Blocked), &|leaf| {
             calls::mem_range_block(tdr, leaf.gfn, Level::L4K)
         })?;
         if kept.len() == leaves.len() {
             removed.kept.extend_from_slice(leaves);
             return Ok(());
         }
-        if self.td.is_runnable() {
-            let mut ignored = BTreeSet::new();
-            self.each(seam, &leaves[..1], &mut ignored, true, &|_| {
-                calls::mem_track(tdr)
-            })?;
-            self.kick(&mut seam.counts);
+        self.track(seam, leaves[0])?;
+        self.remove_blocked(seam, leaves, kept, removed)
+    }
+
+    /// tdx_track, for `first` and whatever else was blocked before.
+    pub(crate) fn track(&self, seam: &mut Seam<'_>, first: Leaving) -> Result<(), SeamError> {
+        if !self.td.is_runnable() {
+            return Ok(());
         }
-        self.each(seam, leaves, &mut kept, true, &|leaf| {
+        let tdr = self.td.tdr();
+        let mut lost = 0;
+        loop {
+            let mut ignored = BTreeSet::new();
+            let tracked = self.each_once(seam, &[first], &[0], &mut ignored, true, &|_| {
+                calls::mem_track(tdr)
+            });
+            self.kick(&mut seam.counts);
+            match tracked {
+                // Once more does no harm, now that every vCPU has been outside.
+                Err(SeamError::Unknown { .. }) if lost < LOST_TRIES => lost += 1,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// REMOVE and cache write-back of blocked leaves; those in `kept` are left out.
+    pub(crate) fn remove_blocked(
+        &self,
+        seam: &mut Seam<'_>,
+        leaves: &[Leaving],
+        mut kept: BTreeSet<usize>,
+        removed: &mut Removed,
+    ) -> Result<(), SeamError> {
+        let tdr = self.td.tdr();
+        self.each(seam, leaves, &mut kept, (true, Trace::Removed), &|leaf| {
             calls::mem_page_remove(tdr, leaf.gfn, Level::L4K)
         })?;
         let hkid = self.td.hkid().unwrap_or(0);
         let mut unwritten = kept.clone();
-        self.each(seam, leaves, &mut unwritten, false, &|leaf| {
-            calls::phymem_page_wbinvd(leaf.pfn, hkid, self.hkid_shift)
-        })?;
+        self.each(
+            seam,
+            leaves,
+            &mut unwritten,
+            (false, Trace::None),
+            &|leaf| calls::phymem_page_wbinvd(leaf.pfn, hkid, self.hkid_shift),
+        )?;
         removed.kept.extend(kept.into_iter().map(|at| leaves[at]));
         Ok(())
     }
 
-    /// Makes one call for each leaf that is not in `out`; those that fail for good join it.
-    fn each(
+    /// Makes one call for each leaf that is not in `out`; those that fail for good join it. Where
+    /// an answer is lost, `trace` tells for which leaves the call is still to be made.
+    pub(crate) fn each(
         &self,
         seam: &mut Seam<'_>,
         leaves: &[Leaving],
         out: &mut BTreeSet<usize>,
+        (retried, trace): (bool, Trace),
+        call: &dyn Fn(&Leaving) -> Step,
+    ) -> Result<(), SeamError> {
+        let mut on: Vec<usize> = (0..leaves.len()).filter(|at| !out.contains(at)).collect();
+        let mut lost = 0;
+        loop {
+            match self.each_once(seam, leaves, &on, out, retried, call) {
+                Err(SeamError::Unknown { .. }) if lost < LOST_TRIES => lost += 1,
+                outcome => return outcome,
+            }
+            let mut left = Vec::new();
+            for at in on {
+                if !out.contains(&at) && !self.was_made(seam, &leaves[at], trace)? {
+                    left.push(at);
+                }
+            }
+            on = left;
+        }
+    }
+
+    fn each_once(
+        &self,
+        seam: &mut Seam<'_>,
+        leaves: &[Leaving],
+        on: &[usize],
+        out: &mut BTreeSet<usize>,
         retried: bool,
         call: &dyn Fn(&Leaving) -> Step,
     ) -> Result<(), SeamError> {
-        let on: Vec<usize> = (0..leaves.len()).filter(|at| !out.contains(at)).collect();
         let steps: Vec<Step> = on.iter().map(|&at| call(&leaves[at])).collect();
         let mut retrying = None;
         let mut held = false;
@@ -221,11 +281,34 @@ impl Hooks<'_> {
 
 /// TDH.PHYMEM.PAGE.RECLAIM of each page, in order; the pages that did not come back.
 pub(crate) fn reclaim(seam: &mut Seam<'_>, pages: &[Pfn]) -> Result<BTreeSet<Pfn>, SeamError> {
+    let mut leaked = BTreeSet::new();
+    let mut left = pages.to_vec();
+    let mut lost = 0;
+    loop {
+        match reclaim_once(seam, &left, &mut leaked) {
+            Err(SeamError::Unknown { .. }) if lost < LOST_TRIES => lost += 1,
+            outcome => return outcome.map(|()| leaked),
+        }
+        // A page that came back is nobody's.
+        let mut still = Vec::new();
+        for page in left {
+            if !leaked.contains(&page) && page_type(seam, page)? != PageType::NDA {
+                still.push(page);
+            }
+        }
+        left = still;
+    }
+}
+
+fn reclaim_once(
+    seam: &mut Seam<'_>,
+    pages: &[Pfn],
+    leaked: &mut BTreeSet<Pfn>,
+) -> Result<(), SeamError> {
     let steps: Vec<Step> = pages
         .iter()
         .map(|&page| calls::phymem_page_reclaim(page))
         .collect();
-    let mut leaked = BTreeSet::new();
     let mut retrying = None;
     seam.script(&steps, &mut |_, at, result| {
         // Model: the kernel gives the page up at once. Another operation of this host may hold the
@@ -236,6 +319,5 @@ pub(crate) fn reclaim(seam: &mut Seam<'_>, pages: &[Pfn]) -> Result<BTreeSet<Pfn
         }
         leaked.insert(pages[at]);
         Verdict::Next
-    })?;
-    Ok(leaked)
+    })
 }

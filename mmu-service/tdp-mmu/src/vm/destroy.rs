@@ -16,6 +16,7 @@ use super::{Mode, Vm};
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
+use crate::ledger::Note;
 use crate::mmu::roots::{Filter, RootTypes};
 use crate::seam::SeamError;
 use crate::sync::atomic::Ordering;
@@ -37,6 +38,10 @@ impl Vm {
             return Ok((Counts::default(), self.leaked.load(Ordering::Relaxed)));
         }
         let slots = lock(&self.slots_lock);
+        if let Err(error) = self.note(Note::Going) {
+            // A process that comes after this one finds a VM with less memory.
+            tracing::warn!(%error, "the end of a VM is not written down");
+        }
         let vcpus = self.vcpus.load_full();
         let mut runs: Vec<_> = vcpus.iter().map(|vcpu| lock(&vcpu.run)).collect();
         let mut seam = Seam::new(&*self.port, mode, 0);
