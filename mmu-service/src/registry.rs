@@ -26,10 +26,17 @@ pub(crate) struct VmEntry {
     pub(crate) layout: GpaLayout,
     pub(crate) attachment: Arc<Attachment>,
     pub(crate) events: Arc<EventHub>,
+    /// Its share of the places for operations.
+    operations: Arc<Semaphore>,
     _place: Place,
 }
 
 impl VmEntry {
+    /// A place for one of its operations, if its share has one left.
+    pub(crate) fn operation(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.operations).try_acquire_owned().ok()
+    }
+
     /// Why the VM cannot go on although the core may not know it yet.
     pub(crate) fn lost(&self) -> Option<String> {
         self.attachment.is_retired().then(|| {
@@ -54,17 +61,21 @@ pub(crate) struct Registry {
     last_id: AtomicU64,
     places: Arc<Semaphore>,
     limit: u32,
+    /// Operations of one VM at a time.
+    share: usize,
     /// What VMs did that are gone.
     gone: Mutex<Counts>,
 }
 
 impl Registry {
-    pub(crate) fn new(limit: u32) -> Self {
+    /// Up to `limit` VMs with `share` operations each at a time.
+    pub(crate) fn new(limit: u32, share: u32) -> Self {
         Self {
             vms: DashMap::new(),
             last_id: AtomicU64::new(0),
             places: Arc::new(Semaphore::new(size(limit))),
             limit,
+            share: size(share),
             gone: Mutex::default(),
         }
     }
@@ -94,6 +105,7 @@ impl Registry {
             layout,
             attachment,
             events: Arc::default(),
+            operations: Arc::new(Semaphore::new(self.share)),
             _place: place,
         });
         self.vms.insert(id, Arc::clone(&entry));
