@@ -284,7 +284,12 @@ mod tests {
     /// Statuses of a request on the machine above.
     fn statuses(request: ExecuteRequest) -> Vec<CompletionStatus> {
         let running = Running::start(platform(), &LIMITS).unwrap();
-        let service = ModuleService::new(Arc::new(running), &LIMITS, CancellationToken::new());
+        let service = ModuleService::new(
+            Arc::new(running),
+            &LIMITS,
+            Faults::default(),
+            CancellationToken::new(),
+        );
         let answer = ready(service.answer(request)).unwrap();
         answer
             .results

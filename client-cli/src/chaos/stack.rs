@@ -12,6 +12,8 @@ use crate::stop::Stop;
 
 /// How long a service may take until it serves, its recovery included.
 pub(super) const READY_LIMIT: Duration = Duration::from_secs(60);
+/// How long a process takes to be gone whose connections are.
+const DYING_LIMIT: Duration = Duration::from_secs(5);
 /// Name of the MMU service's record of its VMs in the private directory.
 const STATE: &str = "state";
 
@@ -91,6 +93,16 @@ impl Stack {
     /// Whether the module has ended by itself.
     pub(super) async fn module_ended(&mut self) -> bool {
         self.module.ended().await.is_some()
+    }
+
+    /// Whether the module ends by itself, when its connection has broken already.
+    pub(super) async fn module_ends_soon(&mut self) -> bool {
+        let ended = async {
+            while !self.module_ended().await {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::time::timeout(DYING_LIMIT, ended).await.is_ok()
     }
 
     /// Ends a service at once (SIGKILL), and starts it again.

@@ -32,8 +32,16 @@ pub(super) async fn strike(
         tally.counts().missed += 1;
         return Ok(());
     };
-    let ids = control.set_rules(vec![strike.rule], false).await?;
-    let rule_id = ids.first().copied().unwrap_or(0);
+    let rule_id = match control.set_rules(vec![strike.rule], false).await {
+        Ok(ids) => ids.first().copied().unwrap_or(0),
+        Err(Error::Interrupted) => return Err(Error::Interrupted),
+        // Another VM's call met the rule before its answer was out, and the module aborted.
+        Err(_) if stack.module_ends_soon().await => {
+            drop(is_armed);
+            return land(strike, stack, control, tally).await;
+        }
+        Err(error) => return Err(error),
+    };
     let _ = is_armed.send(());
     loop {
         let over = *is_over.borrow_and_update();

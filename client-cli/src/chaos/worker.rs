@@ -344,22 +344,38 @@ impl Worker {
         self.tally.set_phase(self.index, Some(phase));
         let result = answer.await;
         self.tally.set_phase(self.index, None);
-        let mut counts = self.tally.counts();
-        counts.operations += 1;
         let error = match result {
             Ok(value) => {
+                let mut counts = self.tally.counts();
+                counts.operations += 1;
                 counts.succeeded += 1;
                 return End::Done(value);
             }
+            Err(Error::Interrupted) => return End::Failed,
             Err(error) => error,
         };
-        let reason = match &error {
+        let gone = self.judge(&error, era);
+        if timeout(READY_LIMIT + Duration::from_secs(30), self.tally.there())
+            .await
+            .is_err()
+        {
+            let mut counts = self.tally.counts();
+            counts.hung += 1;
+            counts.fail("the services did not come back".to_owned());
+        }
+        if gone { End::VmGone } else { End::Failed }
+    }
+
+    /// Counts an error of a request that was made in `era`. Whether its VM is of no use any more.
+    fn judge(&self, error: &Error, era: u64) -> bool {
+        let mut counts = self.tally.counts();
+        counts.operations += 1;
+        let reason = match error {
             Error::Refused { source, .. } => source.reason(),
             _ => None,
         };
         let mut gone = false;
-        match (&error, reason) {
-            (Error::Interrupted, _) => return End::Failed,
+        match (error, reason) {
             (Error::Refused { .. }, Some(reason)) => {
                 gone = reason == "VM_DEAD" || reason == "NOT_FOUND";
                 if reason == "INTERNAL" {
@@ -379,16 +395,7 @@ impl Worker {
                 counts.fail(error.chain());
             }
         }
-        drop(counts);
-        if timeout(READY_LIMIT + Duration::from_secs(30), self.tally.there())
-            .await
-            .is_err()
-        {
-            let mut counts = self.tally.counts();
-            counts.hung += 1;
-            counts.fail("the services did not come back".to_owned());
-        }
-        if gone { End::VmGone } else { End::Failed }
+        gone
     }
 }
 

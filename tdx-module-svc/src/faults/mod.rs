@@ -120,7 +120,7 @@ impl TdxFaultService for FaultService {
         let rules = armed
             .map(|(armed, (_, rule))| ActiveFaultRule {
                 rule_id: armed.id,
-                rule: Some(rule.clone()),
+                rule: Some(*rule),
                 matched: armed.matched,
                 fired: armed.fired,
             })
