@@ -132,6 +132,14 @@ pub enum Error {
         /// Of how many.
         scenarios: u64,
     },
+    /// A chaos run found something.
+    #[error("chaos found: {found}; to repeat: {again}")]
+    Chaos {
+        /// What.
+        found: String,
+        /// The command that plays the same again.
+        again: String,
+    },
     /// The raw call ended with an error.
     #[error("{leaf} answered {status}")]
     Seamcall {
@@ -225,6 +233,12 @@ impl Refusal {
     /// The gRPC code.
     pub fn code(&self) -> Code {
         self.0.code()
+    }
+
+    /// The reason that the service gives; none comes from a connection that broke.
+    pub fn reason(&self) -> Option<String> {
+        let details = self.0.get_error_details();
+        Some(details.error_info()?.reason.clone())
     }
 
     /// KVM's errno, when there is one.

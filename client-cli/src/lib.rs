@@ -12,6 +12,7 @@
 
 pub mod args;
 pub mod bench;
+pub mod chaos;
 pub mod client;
 mod commands;
 pub mod compare;

@@ -4,6 +4,7 @@ use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use telemetry::propagate::TracedChannel;
 
 use crate::args::{Command, Format, Globals};
+use crate::bench::{Name, OVERLOAD_OPTIONS};
 use crate::client::{Client, Limits, connect_module, connect_module_channel};
 use crate::error::Error;
 use crate::local::{Local, LocalError, ProcessMemory};
@@ -45,7 +46,11 @@ impl Session {
             Command::Conformance(_) => &["--profile", "conformance", "--allow-injection"],
             _ => &[],
         };
-        let local = Local::start(&stop, module_options)
+        let mmu_options: &[&str] = match command {
+            Command::Bench(args) if args.name == Name::Overload => OVERLOAD_OPTIONS,
+            _ => &[],
+        };
+        let local = Local::start(&stop, module_options, mmu_options)
             .await
             .map_err(|error| match error {
                 LocalError::Interrupted => Error::Interrupted,
@@ -70,6 +75,11 @@ impl Session {
     pub async fn client(&self) -> Result<Client, Error> {
         let mmu = self.mmu.as_deref().unwrap_or(mmu_service::DEFAULT_LISTEN);
         Client::connect(mmu, self.module.as_deref(), self.limits, self.stop.clone()).await
+    }
+
+    /// Whether the command line names a service.
+    pub fn is_given(&self) -> bool {
+        self.local.is_none() && (self.mmu.is_some() || self.module.is_some())
     }
 
     /// Whether the services are the command's own.

@@ -115,6 +115,11 @@ pub struct Limits {
     #[arg(long, value_name = "N", env = "MMU_MAX_OPERATIONS", default_value = "256", value_parser = value_parser!(u32).range(1..=4096))]
     pub max_operations: u32,
 
+    /// Operations of one VM that work or wait for a thread; more are refused at once, so that a
+    /// VM's flood leaves places for others.
+    #[arg(long, value_name = "N", env = "MMU_MAX_VM_OPERATIONS", default_value = "128", value_parser = value_parser!(u32).range(1..=4096))]
+    pub max_vm_operations: u32,
+
     /// Requests that are in work or wait for a thread; those above are refused at once.
     #[arg(long, value_name = "N", env = "MMU_MAX_REQUESTS", default_value = "1024", value_parser = value_parser!(u32).range(1..=65_536))]
     pub max_requests: u32,
@@ -268,6 +273,7 @@ mod tests {
             ("--module", "nowhere"),
             ("--max-vms", "0"),
             ("--max-operations", "4097"),
+            ("--max-vm-operations", "0"),
             ("--max-message", "1"),
             ("--rpc-deadline-s", "0"),
             ("--reconnect-attempts", "0"),

@@ -23,7 +23,7 @@ transport::reasons! {
         "simulated memory, key ids or VM places are spent",
         "destroy a VM, or give the platform more";
     OVERLOADED: ResourceExhausted, "`RetryInfo`, `errno` EAGAIN for operations",
-        "too many requests or operations are in work; nothing has run",
+        "too many requests or operations are in work, of all VMs or of this one; nothing has run",
         "send it again after the delay";
     BUSY: Aborted, "`RetryInfo`, `errno` EBUSY or EAGAIN",
         "the module stayed busy for the whole retry budget, or the slot is about to go",

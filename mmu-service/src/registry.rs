@@ -27,10 +27,17 @@ pub(crate) struct VmEntry {
     pub(crate) layout: GpaLayout,
     pub(crate) attachment: Arc<Attachment>,
     pub(crate) events: Arc<EventHub>,
+    /// Its share of the places for operations.
+    operations: Arc<Semaphore>,
     _place: Place,
 }
 
 impl VmEntry {
+    /// A place for one of its operations, if its share has one left.
+    pub(crate) fn operation(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.operations).try_acquire_owned().ok()
+    }
+
     /// Why the VM cannot go on although the core may not know it yet.
     pub(crate) fn lost(&self) -> Option<String> {
         self.attachment.is_retired().then(|| {
@@ -66,19 +73,23 @@ pub(crate) struct Registry {
     is_open: watch::Sender<bool>,
     places: Arc<Semaphore>,
     limit: u32,
+    /// Operations of one VM at a time.
+    share: usize,
     /// What VMs did that are gone.
     gone: Mutex<Counts>,
 }
 
 impl Registry {
-    /// Closed until [`Registry::open`] if VMs of an earlier process are to come.
-    pub(crate) fn new(limit: u32, is_open: bool) -> Self {
+    /// Up to `limit` VMs with `share` operations each at a time. Closed until [`Registry::open`]
+    /// unless it `is_open`: VMs of an earlier process are to come.
+    pub(crate) fn new(limit: u32, share: u32, is_open: bool) -> Self {
         Self {
             is_open: watch::Sender::new(is_open),
             vms: DashMap::new(),
             last_id: AtomicU64::new(0),
             places: Arc::new(Semaphore::new(size(limit))),
             limit,
+            share: size(share),
             gone: Mutex::default(),
         }
     }
@@ -141,6 +152,7 @@ impl Registry {
             layout,
             attachment,
             events: Arc::default(),
+            operations: Arc::new(Semaphore::new(self.share)),
             _place: place,
         });
         self.vms.insert(id, Arc::clone(&entry));

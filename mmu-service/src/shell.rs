@@ -48,7 +48,11 @@ impl Shell {
         store: Option<Arc<Store>>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            vms: Registry::new(limits.max_vms, store.is_none()),
+            vms: Registry::new(
+                limits.max_vms,
+                limits.max_vm_operations,
+                store.is_none(),
+            ),
             store,
             threads: Arc::new(Semaphore::new(size(limits.max_operations))),
             running: TaskTracker::new(),
@@ -97,10 +101,17 @@ impl Shell {
         span: Span,
         work: impl FnOnce(&Vm) -> Result<T, VmError> + Send + 'static,
     ) -> Result<T, Status> {
+        let Some(share) = entry.operation() else {
+            return Err(status::vm_overloaded(
+                entry.id,
+                self.limits.max_vm_operations,
+            ));
+        };
         let entry = Arc::clone(entry);
         let metrics = Arc::clone(&self.metrics);
         // Counted there and not here: the operation ends whether or not its caller still waits.
         let counted = move || {
+            let _share = share;
             let outcome = work(&entry.vm);
             if let Ok(Some(counts)) = outcome.as_ref().map(Costs::costs) {
                 metrics.did(counts);

@@ -160,6 +160,15 @@ pub(crate) fn overloaded(limit: u32) -> Status {
         .status()
 }
 
+/// One VM asks for more than its share.
+pub(crate) fn vm_overloaded(vm_id: u64, limit: u32) -> Status {
+    let message = format!("VM {vm_id} has {limit} operations in work, the limit of one VM");
+    Refusal::new(reasons::OVERLOADED, message)
+        .errno(EAGAIN)
+        .retry(Some(RETRY_SOON))
+        .status()
+}
+
 /// The module is away.
 pub(crate) fn module_unreachable(reason: &str) -> Status {
     Refusal::new(reasons::MODULE_UNREACHABLE, reason)

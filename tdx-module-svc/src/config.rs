@@ -39,6 +39,11 @@ pub struct Config {
     #[arg(long, env = "TDX_MODULE_ALLOW_INJECTION")]
     pub allow_injection: bool,
 
+    /// Let callers set rules by which calls fail, replies get lost, and the process aborts: the
+    /// service TdxFaultService is there. For tests of a host
+    #[arg(long, env = "TDX_MODULE_FAULT_INJECTION")]
+    pub fault_injection: bool,
+
     /// Stop when standard input is closed, so that a parent process takes the service along
     #[arg(long)]
     pub stop_with_stdin: bool,
@@ -133,6 +138,7 @@ impl Default for Config {
             machine: PlatformFlags::default(),
             release: None,
             allow_injection: false,
+            fault_injection: false,
             stop_with_stdin: false,
             limits: Limits::default(),
         }

@@ -28,6 +28,9 @@ transport::reasons! {
     LOCK_NOT_FREE: FailedPrecondition, "",
         "the lock to hold is not there or not free, or the one to release was not held by a request",
         "look at the state with GetState, and release locks with the mode they were held in";
+    INJECTED_FAULT: Unavailable, "",
+        "a fault rule ended the stream; whether the batch ran is for the caller to find out",
+        "send the same sequence again; `mmuctl inject list` shows the rules";
     MODULE_FAILED: Internal, "",
         "a call ended in a panic: the state of the module is not known",
         "start the module anew and report the log";

@@ -20,6 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::batch::{Batch, Bounds, MAX_SESSION_BYTES, Ticket};
 use crate::config::Limits;
 use crate::execute::{self, Meter};
+use crate::faults::Faults;
 use crate::metrics::{Metrics, Via};
 use crate::platform;
 use crate::replay::Session;
@@ -44,6 +45,7 @@ struct Shared {
     limits: Limits,
     bounds: Bounds,
     metrics: Arc<Metrics>,
+    faults: Faults,
     draining: CancellationToken,
 }
 
@@ -51,8 +53,13 @@ struct Shared {
 type Held = Option<(Arc<Run>, String, Session)>;
 
 impl ModuleService {
-    /// Serves what is `running`; streams end when `draining` is cancelled.
-    pub(crate) fn new(running: Arc<Running>, limits: &Limits, draining: CancellationToken) -> Self {
+    /// Serves what is `running`; streams end when `draining` is cancelled. Calls meet `faults`.
+    pub(crate) fn new(
+        running: Arc<Running>,
+        limits: &Limits,
+        faults: Faults,
+        draining: CancellationToken,
+    ) -> Self {
         let bounds = Bounds {
             calls: limits.max_calls,
             runs: limits.max_repeat,
@@ -65,6 +72,7 @@ impl ModuleService {
                 limits: limits.clone(),
                 bounds,
                 metrics,
+                faults,
                 draining,
             }),
         }
@@ -128,6 +136,7 @@ impl Shared {
         };
         let mut response = execute::perform(
             &run.module,
+            &self.faults,
             meter,
             batch,
             session,

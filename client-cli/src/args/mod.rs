@@ -3,9 +3,11 @@
 //! Command names, and the keys of `--output json`, are an interface for scripts.
 
 mod bench;
+mod chaos;
 mod compare;
 mod conformance;
 mod guest;
+mod inject;
 mod measure;
 mod memory;
 mod number;
@@ -22,9 +24,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use mirror_proto::mmu::Mode;
 
 pub use bench::BenchArgs;
+pub use chaos::{ChaosCommand, ChaosRunArgs, ChaosSoakArgs};
 pub use compare::CompareArgs;
 pub use conformance::ConformanceArgs;
 pub use guest::{GuestArgs, GuestWord, GuestWordError};
+pub use inject::{AbortArg, InjectCommand, InjectSetArgs};
 pub use measure::{MeasureArgs, MeasureOrder};
 pub use memory::{
     ConvertArgs, FaultArgs, HostPageSizeArg, PrefaultArgs, PunchHoleArgs, SlotCommand,
@@ -175,6 +179,12 @@ pub enum Command {
     /// Scenarios and races of the past by name: list them, or run some
     #[command(subcommand)]
     Scenario(ScenarioCommand),
+    /// Seeded workload and faults on services of its own: kills, cuts, busy answers; then audits
+    #[command(subcommand)]
+    Chaos(ChaosCommand),
+    /// Rules by which the module's calls meet faults (a module with --fault-injection)
+    #[command(subcommand)]
+    Inject(InjectCommand),
     /// MRTD of a firmware image: build a TD from its TDX metadata through both services
     Measure(MeasureArgs),
     /// Measure what the system costs, each figure beside its floor from the same run
@@ -241,6 +251,8 @@ impl Command {
             | Self::Compare(_)
             | Self::Conformance(_)
             | Self::Bench(_)
+            | Self::Chaos(_)
+            | Self::Inject(_)
             | Self::Walk(_)
             | Self::Tree(_)
             | Self::Audit { .. }

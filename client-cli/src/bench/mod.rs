@@ -15,6 +15,7 @@ mod fault;
 mod figure;
 mod hit;
 mod in_process;
+mod overload;
 mod ranges;
 mod raw;
 mod remote;
@@ -24,10 +25,12 @@ mod scatter;
 use std::time::{Duration, Instant};
 
 pub use figure::Figure;
+pub use overload::OPTIONS as OVERLOAD_OPTIONS;
 
 use crate::client::Client;
 use crate::error::Error;
 use crate::progress::Progress;
+use crate::session::Session;
 
 /// Which benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -46,6 +49,8 @@ pub enum Name {
     Build,
     /// Two vCPUs beside one: disjoint regions, one region, one page
     Scale,
+    /// Calls with ten times the clients that are admitted, beside as many as are
+    Overload,
     /// The floors by themselves
     Raw,
 }
@@ -89,8 +94,9 @@ impl Plan {
 /// Where the module listens, for benchmarks that have a link of their own.
 pub type ModuleUrl<'a> = &'a str;
 
-/// Runs one benchmark.
-pub async fn run(client: &Client, module: ModuleUrl<'_>, plan: Plan) -> Result<Vec<Figure>, Error> {
+/// Runs one benchmark on the services of a session.
+pub async fn run(session: &Session, client: &Client, plan: Plan) -> Result<Vec<Figure>, Error> {
+    let module = session.module_url();
     let progress = Progress::new("repeats", u64::from(plan.warm_up + plan.repeats));
     match plan.name {
         Name::Hit => hit::run(plan, &progress).await,
@@ -100,6 +106,7 @@ pub async fn run(client: &Client, module: ModuleUrl<'_>, plan: Plan) -> Result<V
         Name::Convert => ranges::convert(client, plan, &progress).await,
         Name::Build => build::run(client, plan, &progress).await,
         Name::Scale => scale::run(plan, &progress).await,
+        Name::Overload => overload::run(session, client, plan, &progress).await,
         Name::Raw => raw::run(module, plan, &progress).await,
     }
 }

@@ -31,7 +31,12 @@ pub(super) async fn run(
         let reason = "bench fault needs a module that nobody else uses: leave the URLs out";
         return Err(Error::Usage(reason.to_owned()));
     }
-    let figures = bench::run(client, session.module_url(), args.plan()).await?;
+    // With the places of another service's configuration the figures would say nothing.
+    if args.name == Name::Overload && !session.is_local() {
+        let reason = "bench overload needs services with few places: leave the URLs out";
+        return Err(Error::Usage(reason.to_owned()));
+    }
+    let figures = bench::run(session, client, args.plan()).await?;
     let memory = session.memory();
     let list: Vec<Value> = figures
         .iter()

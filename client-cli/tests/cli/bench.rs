@@ -71,3 +71,18 @@ fn sizes_that_cannot_be_are_refused() {
         assert!(ran.stderr.contains("--size"), "{ran:?}");
     }
 }
+
+#[test]
+fn an_overload_is_refused_in_part_and_answered_in_part() {
+    let args = "--output json bench overload --size 2M --repeats 1 --warm-up 0";
+    let ran = run(args.split_whitespace());
+    // No call failed and none was without an answer: either ends the command.
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let figure = ran.json();
+    assert_eq!(
+        (&figure["places"], &figure["clients"]),
+        (&32.into(), &320.into())
+    );
+    assert!(figure["refused"].as_u64().unwrap() > 0, "{figure}");
+    assert!(figure["ops"].as_u64().unwrap() > 320, "{figure}");
+}

@@ -1,6 +1,7 @@
 //! `mmuctl` as a process, with real services behind it.
 
 mod bench;
+mod chaos;
 mod commands;
 mod common;
 mod compare;
