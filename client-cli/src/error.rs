@@ -49,6 +49,12 @@ pub enum Error {
         #[source]
         source: transport::ConnectError,
     },
+    /// The files of `--tls-ca`, `--tls-cert` and `--tls-key`.
+    #[error("the certificates cannot be used")]
+    Tls(#[source] transport::TlsError),
+    /// `certs` cannot do its work.
+    #[error("certificates cannot be made")]
+    Certs(#[source] crate::certs::CertsError),
     /// The services of `--local` did not come up.
     #[error("cannot start the local services")]
     Local(#[from] crate::local::LocalError),

@@ -2,6 +2,7 @@
 
 use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use telemetry::propagate::TracedChannel;
+use transport::{ClientTls, ClientTlsFiles};
 
 use crate::args::{Command, Format, Globals};
 use crate::bench::{Name, OVERLOAD_OPTIONS};
@@ -21,6 +22,7 @@ pub struct Session {
     pub output: Format,
     mmu: Option<String>,
     module: Option<String>,
+    tls: Option<ClientTls>,
     local: Option<Local>,
 }
 
@@ -38,6 +40,7 @@ impl Session {
                 output: globals.output,
                 mmu,
                 module,
+                tls: certificates(globals)?,
                 local: None,
             });
         }
@@ -62,6 +65,7 @@ impl Session {
             limits,
             stop,
             output: globals.output,
+            tls: None,
             local: Some(local),
         })
     }
@@ -74,7 +78,14 @@ impl Session {
     /// Connects to the MMU service, and to the module if its URL is known.
     pub async fn client(&self) -> Result<Client, Error> {
         let mmu = self.mmu.as_deref().unwrap_or(mmu_service::DEFAULT_LISTEN);
-        Client::connect(mmu, self.module.as_deref(), self.limits, self.stop.clone()).await
+        Client::connect(
+            mmu,
+            self.module.as_deref(),
+            self.tls.as_ref(),
+            self.limits,
+            self.stop.clone(),
+        )
+        .await
     }
 
     /// Whether the command line names a service.
@@ -100,7 +111,7 @@ impl Session {
             .module
             .as_deref()
             .unwrap_or(mmu_service::DEFAULT_MODULE);
-        connect_module_channel(module, self.limits, &self.stop).await
+        connect_module_channel(module, self.tls.as_ref(), self.limits, &self.stop).await
     }
 
     /// Connects to the module.
@@ -109,7 +120,7 @@ impl Session {
             .module
             .as_deref()
             .unwrap_or(mmu_service::DEFAULT_MODULE);
-        connect_module(module, self.limits, &self.stop).await
+        connect_module(module, self.tls.as_ref(), self.limits, &self.stop).await
     }
 
     /// Stops what was started. `result` gets a better cause when a service of ours ended under it.
@@ -129,4 +140,14 @@ impl Session {
         local.stop().await;
         result
     }
+}
+
+/// Reads the certificates, when there are any.
+fn certificates(globals: &Globals) -> Result<Option<ClientTls>, Error> {
+    let Some(ca) = globals.tls_ca.clone() else {
+        return Ok(None);
+    };
+    let identity = globals.tls_cert.clone().zip(globals.tls_key.clone());
+    let files = ClientTlsFiles { ca, identity };
+    ClientTls::load(files).map(Some).map_err(Error::Tls)
 }

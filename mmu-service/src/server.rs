@@ -39,7 +39,7 @@ pub async fn run(
     let store = store.map_err(Error::State)?;
     let metrics = Metrics::new();
     let link =
-        ModuleLink::start(config.link_config(), Arc::clone(&metrics.link)).map_err(Error::Link)?;
+        ModuleLink::start(config.link_config()?, Arc::clone(&metrics.link)).map_err(Error::Link)?;
     let gate = config.tracing.gate();
     let shell = Shell::new(config.limits, gate.clone(), link, metrics, store.clone());
     let (reporter, health_service) = tonic_health::server::health_reporter();
@@ -68,6 +68,7 @@ pub async fn run(
                 // Open for hours; its messages have spans of their own.
                 .skip(service::FAULT_STREAM_PATH),
         )
+        .layer(config.access.layer())
         .add_routes(transport::with_web(services, web));
 
     for address in listeners

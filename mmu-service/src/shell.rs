@@ -48,11 +48,7 @@ impl Shell {
         store: Option<Arc<Store>>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            vms: Registry::new(
-                limits.max_vms,
-                limits.max_vm_operations,
-                store.is_none(),
-            ),
+            vms: Registry::new(limits.max_vms, limits.max_vm_operations, store.is_none()),
             store,
             threads: Arc::new(Semaphore::new(size(limits.max_operations))),
             running: TaskTracker::new(),

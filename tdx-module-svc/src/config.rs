@@ -9,6 +9,7 @@ use clap::builder::TypedValueParser as _;
 use tdx_module::Release;
 use transport::Address;
 
+use crate::access::Access;
 use crate::platform::PlatformFlags;
 
 /// Where the service listens when nobody says otherwise.
@@ -17,7 +18,8 @@ pub const DEFAULT_LISTEN: &str = "unix:///run/tdx-mirror-mmu/module.sock";
 /// Settings of the service.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
-    /// Address to listen at, unix:///path or http://host:port; may be given several times
+    /// Address to listen at, unix:///path, https://host:port or http://host:port; may be given
+    /// several times
     #[arg(long, value_name = "URL", env = "TDX_MODULE_LISTEN", value_delimiter = ',',
           default_value = DEFAULT_LISTEN)]
     pub listen: Vec<Address>,
@@ -47,6 +49,10 @@ pub struct Config {
     /// Stop when standard input is closed, so that a parent process takes the service along
     #[arg(long)]
     pub stop_with_stdin: bool,
+
+    /// Who may call.
+    #[command(flatten)]
+    pub access: Access,
 
     /// The platform by flags.
     #[command(flatten)]
@@ -140,6 +146,7 @@ impl Default for Config {
             allow_injection: false,
             fault_injection: false,
             stop_with_stdin: false,
+            access: Access::default(),
             limits: Limits::default(),
         }
     }

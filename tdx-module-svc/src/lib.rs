@@ -11,6 +11,7 @@
 //!   caller still waits.
 //! - S3  Batches of one session run one after another; a sequence number runs at most once.
 
+pub mod access;
 mod batch;
 mod cli;
 pub mod config;
@@ -160,6 +161,7 @@ pub async fn run(
                 .skip(service::STREAM_PATH)
                 .skip(guest::STREAM_PATH),
         )
+        .layer(config.access.layer())
         .add_routes(transport::with_web(services, web));
 
     let drain = Duration::from_millis(config.limits.drain_ms);

@@ -1,6 +1,12 @@
 //! Why this service refuses a request; `docs/errors.md` shows the same table.
 
 transport::reasons! {
+    NOT_ADMITTED: PermissionDenied, "",
+        "the caller is nobody here: its user is not the service's own, root, or in `--allow-uid`",
+        "call as that user, or list this one; nothing has run";
+    ROLE_NEEDED: PermissionDenied, "`needed`, `held`",
+        "the caller does not hold the role that the method needs",
+        "use a certificate or a user with that role: [security.md](security.md); nothing has run";
     INVALID_FIELD: InvalidArgument, "`BadRequest` names the field",
         "a field is out of its range; no call has run",
         "correct the field; its limit is in the message and in GetPlatform";

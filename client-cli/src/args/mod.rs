@@ -3,6 +3,7 @@
 //! Command names, and the keys of `--output json`, are an interface for scripts.
 
 mod bench;
+mod certs;
 mod chaos;
 mod compare;
 mod conformance;
@@ -18,12 +19,14 @@ mod seamcall;
 mod tables;
 mod vm;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mirror_proto::mmu::Mode;
 
 pub use bench::BenchArgs;
+pub use certs::CertsArgs;
 pub use chaos::{ChaosCommand, ChaosRunArgs, ChaosSoakArgs};
 pub use compare::CompareArgs;
 pub use conformance::ConformanceArgs;
@@ -67,12 +70,27 @@ pub struct Cli {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Globals {
-    /// The MMU service: http://host:port or unix:///path
+    /// The MMU service: unix:///path, https://host:port or http://host:port
     #[arg(long, global = true, env = "MMUCTL_MMU", value_name = "URL", value_parser = url)]
     pub mmu: Option<String>,
-    /// The TDX module: http://host:port or unix:///path
+    /// The TDX module: unix:///path, https://host:port or http://host:port
     #[arg(long, global = true, env = "MMUCTL_MODULE", value_name = "URL", value_parser = url)]
     pub module: Option<String>,
+    /// Authority of the services' certificates, PEM, for https:// URLs
+    #[arg(long, global = true, env = "MMUCTL_TLS_CA", value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+    /// Certificate to show to them, PEM; it says which roles the caller holds
+    #[arg(long, global = true, env = "MMUCTL_TLS_CERT", value_name = "FILE", requires_all = ["tls_ca", "tls_key"])]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key
+    #[arg(
+        long,
+        global = true,
+        env = "MMUCTL_TLS_KEY",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    pub tls_key: Option<PathBuf>,
     /// Start both services for this one command, on private sockets; goes before --mmu and
     /// --module. The default of demo, measure and replay when no URL is given
     #[arg(long, global = true)]
@@ -209,6 +227,8 @@ pub enum Command {
     Seamcall(SeamcallArgs),
     /// What a completion status (RAX) says, and what a host does about it
     Explain(ExplainArgs),
+    /// Make certificates for development: an authority, both services, and a caller for each role
+    Certs(CertsArgs),
     /// Completion script for a shell
     Completions {
         /// The shell
@@ -259,6 +279,7 @@ impl Command {
             | Self::Stats { .. }
             | Self::Explain(_)
             | Self::Scenario(_)
+            | Self::Certs(_)
             | Self::Completions { .. }
             | Self::Man => return None,
         })

@@ -79,8 +79,8 @@ impl Control {
     async fn connect(stack: &Stack, stop: &Stop) -> Result<Self, Error> {
         let limits = Limits::new(Some(HANG));
         let (mmu, module) = (stack.mmu_url(), stack.module_url());
-        let client = Client::connect(mmu, Some(module), limits, stop.clone()).await?;
-        let channel = connect_module_channel(module, limits, stop).await?;
+        let client = Client::connect(mmu, Some(module), None, limits, stop.clone()).await?;
+        let channel = connect_module_channel(module, None, limits, stop).await?;
         Ok(Self {
             client,
             faults: TdxFaultServiceClient::new(channel),

@@ -1,6 +1,7 @@
 //! One file for each group of commands: ask the services, make an [`Answer`].
 
 mod bench;
+mod certs;
 mod chaos;
 mod compare;
 mod conformance;
@@ -26,6 +27,7 @@ use crate::error::Error;
 use crate::output::Answer;
 use crate::session::Session;
 
+pub(crate) use certs::run as certs;
 pub(crate) use explain::run as explain;
 pub(crate) use generate::{completions, manual};
 pub(crate) use scenario::run as scenario;
@@ -77,6 +79,7 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Chaos(command) => chaos::run(session, command).await,
         Command::Inject(command) => inject::run(session, command).await,
         Command::Scenario(command) => scenario(command),
+        Command::Certs(args) => certs(args),
         Command::Explain(args) => Ok(explain::run(args)),
         Command::Completions { shell } => Ok(Answer::bytes(completions(*shell))),
         Command::Man => Ok(Answer::bytes(manual()?)),

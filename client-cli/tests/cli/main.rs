@@ -12,4 +12,5 @@ mod measure;
 mod replay;
 mod scenario;
 mod tables;
+mod tls;
 mod trace;

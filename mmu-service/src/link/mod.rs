@@ -33,7 +33,7 @@ use mirror_proto::seamcall_to_wire;
 use tdp_mmu::{Batch, HostError, SeamError, SeamPort, Ticket, Via};
 use tdx_defs::SeamcallResult;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-use transport::Address;
+use transport::{Address, ClientTls};
 
 pub(crate) use attachment::{Attachment, LinkState};
 pub(crate) use guest::GuestLine;
@@ -56,6 +56,8 @@ const CALL_BYTES: usize = 160;
 pub(crate) struct LinkConfig {
     /// Where the module listens.
     pub(crate) module: Address,
+    /// Certificates, for a module at https://.
+    pub(crate) tls: Option<ClientTls>,
     /// Streams for `Via::Stream`.
     pub(crate) streams: usize,
     /// Batches under way on each stream.

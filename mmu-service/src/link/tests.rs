@@ -221,6 +221,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let address = Address::Unix(dir.path().join("module.sock"));
         let config = LinkConfig {
+            tls: None,
             module: address.clone(),
             streams: 2,
             window: 16,

@@ -94,7 +94,8 @@ impl Bench {
         let address = address.to_string();
         let config = Config::try_parse_from(["mmu-service", "--module", &address]).unwrap();
         let metrics = Metrics::new();
-        let link = ModuleLink::start(config.link_config(), Arc::clone(&metrics.link)).unwrap();
+        let link =
+            ModuleLink::start(config.link_config().unwrap(), Arc::clone(&metrics.link)).unwrap();
         let gate = config.tracing.gate();
         Self {
             shell: Shell::new(config.limits, gate, link, metrics, None),
