@@ -15,9 +15,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use transport::Address;
 
 use crate::proxy::Proxy;
-use crate::stack::{
-    MIB, PAGE, PRIVATE, Process, Stack, assert_refused, calls, pages, region, socket,
-};
+use crate::stack::{MIB, PAGE, PRIVATE, Process, Stack, assert_refused, calls, socket};
 
 /// The program itself.
 struct Service {
