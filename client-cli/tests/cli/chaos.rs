@@ -58,17 +58,17 @@ fn chaos_does_not_touch_services_of_others() {
 #[test]
 fn rules_are_set_listed_met_and_cleared() {
     let services = Services::start_with_module(&[], &["--fault-injection"]);
-    let set = services.ok("inject set --leaf sys_rd --nth 2 --cut");
+    let set = services.ok("inject set --leaf phymem_page_rdmd --nth 2 --cut");
     let id = set["rule_id"].as_u64().unwrap();
-    services.ok("seamcall sys_rd rcx=0x0a00000300000000");
-    let cut = services.run("seamcall sys_rd rcx=0x0a00000300000000");
+    services.ok("seamcall phymem_page_rdmd rcx=0x100000000");
+    let cut = services.run("seamcall phymem_page_rdmd rcx=0x100000000");
     assert_eq!(cut.code, Some(1), "{cut:?}");
     assert!(cut.stderr.contains("INJECTED_FAULT"), "{cut:?}");
-    services.ok("seamcall sys_rd rcx=0x0a00000300000000");
+    services.ok("seamcall phymem_page_rdmd rcx=0x100000000");
     let list = services.ok("inject list");
     let rule = &list["rules"][0];
     assert_eq!((&rule["matched"], &rule["fired"]), (&3.into(), &1.into()));
-    assert_eq!(rule["leaf"], "TDH.SYS.RD");
+    assert_eq!(rule["leaf"], "TDH.PHYMEM.PAGE.RDMD");
     assert_eq!(list["totals"]["cuts"], 1);
     assert_eq!(services.ok(&format!("inject clear {id}"))["cleared"], 1);
 
