@@ -150,6 +150,14 @@ pub enum VmError {
     /// The slot under the address is being deleted.
     #[error("the memory slot under {0} is being deleted")]
     SlotGoing(Gpa),
+    /// The direct root was made obsolete in the middle of the operation.
+    #[error(
+        "the vcpu's root was made obsolete before {0} was mapped; the next call loads a new one"
+    )]
+    RootObsolete(Gpa),
+    /// Others kept changing the mapping until the budget of retries was spent.
+    #[error("the mapping of {0} kept changing for the whole retry budget")]
+    Unstable(Gpa),
     /// The module cannot be reached.
     #[error(transparent)]
     Seam(#[from] SeamError),
@@ -190,7 +198,7 @@ impl VmError {
                 errno::EAGAIN
             }
             Self::Busy { .. } => errno::EBUSY,
-            Self::SlotGoing(_) => errno::EAGAIN,
+            Self::SlotGoing(_) | Self::RootObsolete(_) | Self::Unstable(_) => errno::EAGAIN,
         }
     }
 
@@ -245,7 +253,9 @@ impl VmError {
                 status,
             } if status.is(CompletionStatus::OPERAND_INVALID) => ErrorKind::InvalidArgument,
             Self::Refused { .. } => ErrorKind::Internal,
-            Self::Busy { .. } | Self::SlotGoing(_) => ErrorKind::Aborted,
+            Self::Busy { .. } | Self::SlotGoing(_) | Self::RootObsolete(_) | Self::Unstable(_) => {
+                ErrorKind::Aborted
+            }
             Self::Seam(SeamError::Restarted { .. }) => ErrorKind::FailedPrecondition,
             Self::Seam(_) => ErrorKind::Unavailable,
         }
