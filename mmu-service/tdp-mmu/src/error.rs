@@ -156,6 +156,14 @@ pub enum VmError {
     /// What the operation is about to do could not be written down; nothing was done.
     #[error("the state cannot be written: {0}")]
     NotKept(#[from] LedgerError),
+    /// The direct root was made obsolete in the middle of the operation.
+    #[error(
+        "the vcpu's root was made obsolete before {0} was mapped; the next call loads a new one"
+    )]
+    RootObsolete(Gpa),
+    /// Others kept changing the mapping until the budget of retries was spent.
+    #[error("the mapping of {0} kept changing for the whole retry budget")]
+    Unstable(Gpa),
     /// The module cannot be reached.
     #[error(transparent)]
     Seam(#[from] SeamError),
@@ -198,7 +206,7 @@ impl VmError {
                 errno::EAGAIN
             }
             Self::Busy { .. } => errno::EBUSY,
-            Self::SlotGoing(_) => errno::EAGAIN,
+            Self::SlotGoing(_) | Self::RootObsolete(_) | Self::Unstable(_) => errno::EAGAIN,
         }
     }
 
@@ -253,7 +261,9 @@ impl VmError {
                 status,
             } if status.is(CompletionStatus::OPERAND_INVALID) => ErrorKind::InvalidArgument,
             Self::Refused { .. } => ErrorKind::Internal,
-            Self::Busy { .. } | Self::SlotGoing(_) => ErrorKind::Aborted,
+            Self::Busy { .. } | Self::SlotGoing(_) | Self::RootObsolete(_) | Self::Unstable(_) => {
+                ErrorKind::Aborted
+            }
             Self::NotKept(_) => ErrorKind::NotKept,
             Self::Seam(SeamError::Restarted { .. }) => ErrorKind::FailedPrecondition,
             Self::Seam(_) => ErrorKind::Unavailable,

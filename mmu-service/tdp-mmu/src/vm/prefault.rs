@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use tdx_defs::{Gfn, PAGE_SHIFT, PAGE_SIZE, Visibility};
 
+use super::fault::Roots;
 use super::faulting::Faulting;
 use super::wanted::{GuestWalk, Wanted};
 use super::{RetPf, Vm};
@@ -54,7 +55,7 @@ impl Vm {
                 _ => gfn + 1,
             };
             let next = next.min(range.end);
-            done.collect(&mut faulting, range.start..range.end);
+            done.collect(self, roots, &mut faulting, range.start..range.end);
             if done.failed.is_some() {
                 break;
             }
@@ -64,7 +65,7 @@ impl Vm {
             gfn = next;
         }
         faulting.finish();
-        done.collect(&mut faulting, range);
+        done.collect(self, roots, &mut faulting, range);
         let seam = faulting.into_seam();
         run.counts += &seam.counts;
         progress(done.in_front() * PAGE_SIZE);
@@ -131,14 +132,20 @@ impl Vm {
 
 /// How far a prefault got.
 #[derive(Default)]
-struct Done {
+pub(super) struct Done {
     pages: u64,
     /// The first page that could not be done, by its place in the range.
-    failed: Option<(usize, VmError)>,
+    pub(super) failed: Option<(usize, VmError)>,
 }
 
 impl Done {
-    fn collect(&mut self, faulting: &mut Faulting<'_>, range: Range<u64>) {
+    pub(super) fn collect(
+        &mut self,
+        vm: &Vm,
+        roots: Roots,
+        faulting: &mut Faulting<'_>,
+        range: Range<u64>,
+    ) {
         for ended in faulting.ended.drain(..) {
             let pages = ended.level().pages();
             let error = match ended.result {
@@ -148,7 +155,11 @@ impl Done {
                     continue;
                 }
                 Ok(RetPf::Emulate) => VmError::NoMemory(ended.gfn.base()),
-                Ok(_) => VmError::SlotGoing(ended.gfn.base()),
+                // Model: the kernel repeats while RETRY, until a signal; here the caller does.
+                Ok(_) if vm.mmu.is_obsolete(roots.direct) => {
+                    VmError::RootObsolete(ended.gfn.base())
+                }
+                Ok(_) => VmError::Unstable(ended.gfn.base()),
                 Err(error) => error,
             };
             if self
