@@ -87,6 +87,9 @@ fn run_and_record<R>(
 /// belongs to and not the batch.
 fn run(module: &Module, batch: &Batch) -> Vec<SeamcallResult> {
     let mut tracer = Tracer::open(batch);
+    if tracer.is_off() {
+        return module.seamcalls(batch.lp, &batch.calls, batch.stop_on_error);
+    }
     let mut results = Vec::with_capacity(batch.calls.len());
     for call in &batch.calls {
         let result = tracer.leaf(call, || module.seamcall(batch.lp, call));
