@@ -15,17 +15,19 @@
 //! | cache write-back | VM bugged |
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use tdx_defs::{CompletionStatus, Gfn, Leaf, Level, Pfn, SeamcallResult};
 
 use super::calls::{self, Step};
-use super::seam::{Seam, Verdict};
+use super::seam::{Seam, Verdict, runs_of};
 use super::td::Td;
 use crate::bugs::{Bugs, Check};
 use crate::counts::Counts;
 use crate::mmu::removal::ExternalOp;
 use crate::mmu::spte;
 use crate::seam::SeamError;
+use crate::vm::Mode;
 
 /// A private leaf that goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,47 +112,69 @@ impl Hooks<'_> {
             return Ok(());
         }
         let tdr = self.td.tdr();
+        let stride = |from: &Leaving, to: &Leaving| {
+            let gfns = to.gfn.get().wrapping_sub(from.gfn.get());
+            (gfns, to.pfn.get().wrapping_sub(from.pfn.get()))
+        };
+        let runs = runs_of(leaves.len(), |first, at| {
+            stride(&leaves[first], &leaves[first + 1]) == stride(&leaves[at - 1], &leaves[at])
+        });
         let mut kept = BTreeSet::new();
-        self.each(seam, leaves, &mut kept, true, &|leaf| {
-            calls::mem_range_block(tdr, leaf.gfn, Level::L4K)
-        })?;
+        let track = leaves.len();
+        let block_or_track = |at: usize| match leaves.get(at) {
+            Some(leaf) => calls::mem_range_block(tdr, leaf.gfn, Level::L4K),
+            None => calls::mem_track(tdr),
+        };
+        let runnable = self.td.is_runnable();
+        // An error ends a message, so in one message TRACK comes only when the blocks are through.
+        let together = runnable && seam.mode == Mode::Batched;
+        let mut blocks = runs.clone();
+        if together {
+            blocks.push(track..track + 1);
+        }
+        self.each(seam, leaves, &blocks, &mut kept, true, &block_or_track)?;
+        kept.remove(&track);
         if kept.len() == leaves.len() {
             removed.kept.extend_from_slice(leaves);
             return Ok(());
         }
-        if self.td.is_runnable() {
-            let mut ignored = BTreeSet::new();
-            self.each(seam, &leaves[..1], &mut ignored, true, &|_| {
-                calls::mem_track(tdr)
-            })?;
+        if runnable {
+            if !together {
+                let mut ignored = BTreeSet::new();
+                let alone = track..track + 1;
+                let alone = std::slice::from_ref(&alone);
+                self.each(seam, leaves, alone, &mut ignored, true, &block_or_track)?;
+            }
             self.kick(&mut seam.counts);
         }
-        self.each(seam, leaves, &mut kept, true, &|leaf| {
-            calls::mem_page_remove(tdr, leaf.gfn, Level::L4K)
+        self.each(seam, leaves, &runs, &mut kept, true, &|at| {
+            calls::mem_page_remove(tdr, leaves[at].gfn, Level::L4K)
         })?;
         let hkid = self.td.hkid().unwrap_or(0);
         let mut unwritten = kept.clone();
-        self.each(seam, leaves, &mut unwritten, false, &|leaf| {
-            calls::phymem_page_wbinvd(leaf.pfn, hkid, self.hkid_shift)
+        self.each(seam, leaves, &runs, &mut unwritten, false, &|at| {
+            calls::phymem_page_wbinvd(leaves[at].pfn, hkid, self.hkid_shift)
         })?;
         removed.kept.extend(kept.into_iter().map(|at| leaves[at]));
         Ok(())
     }
 
-    /// Makes one call for each leaf that is not in `out`; those that fail for good join it.
+    /// Makes the calls of `runs` but those in `out`, which those that fail for good join; ends when
+    /// they all have. The calls are numbered as the leaves, frames and pages of a run are equally
+    /// far apart, and a call beyond the leaves is about the TD.
     fn each(
         &self,
         seam: &mut Seam<'_>,
         leaves: &[Leaving],
+        runs: &[Range<usize>],
         out: &mut BTreeSet<usize>,
         retried: bool,
-        call: &dyn Fn(&Leaving) -> Step,
+        call: &dyn Fn(usize) -> Step,
     ) -> Result<(), SeamError> {
-        let on: Vec<usize> = (0..leaves.len()).filter(|at| !out.contains(at)).collect();
-        let steps: Vec<Step> = on.iter().map(|&at| call(&leaves[at])).collect();
+        let pending = without(runs, out);
         let mut retrying = None;
         let mut held = false;
-        let outcome = seam.script(&steps, &mut |counts, at, result| {
+        let outcome = seam.script_of(pending, call, &mut |counts, at, result| {
             // tdh_do_no_vcpus: once more, with every vCPU kept outside.
             if retried && result.status().is_busy() && retrying != Some(at) {
                 retrying = Some(at);
@@ -160,9 +184,13 @@ impl Hooks<'_> {
                 self.kick(counts);
                 return Verdict::Again;
             }
-            self.failed(steps[at].leaf, leaves[on[at]].gfn, result);
-            out.insert(on[at]);
-            Verdict::Next
+            let leaf = leaves.get(at).unwrap_or(&leaves[0]);
+            self.failed(call(at).leaf, leaf.gfn, result);
+            out.insert(at);
+            match out.len() < leaves.len() {
+                true => Verdict::Next,
+                false => Verdict::Stop,
+            }
         });
         if held {
             self.td.modes.release();
@@ -219,6 +247,24 @@ impl Hooks<'_> {
     }
 }
 
+/// `runs` without the members of `out`.
+fn without(runs: &[Range<usize>], out: &BTreeSet<usize>) -> Vec<Range<usize>> {
+    let mut rest = Vec::with_capacity(runs.len());
+    for run in runs {
+        let mut from = run.start;
+        for &at in out.range(run.clone()) {
+            if from < at {
+                rest.push(from..at);
+            }
+            from = at + 1;
+        }
+        if from < run.end {
+            rest.push(from..run.end);
+        }
+    }
+    rest
+}
+
 /// TDH.PHYMEM.PAGE.RECLAIM of each page, in order; the pages that did not come back.
 pub(crate) fn reclaim(seam: &mut Seam<'_>, pages: &[Pfn]) -> Result<BTreeSet<Pfn>, SeamError> {
     let steps: Vec<Step> = pages
@@ -238,4 +284,22 @@ pub(crate) fn reclaim(seam: &mut Seam<'_>, pages: &[Pfn]) -> Result<BTreeSet<Pfn
         Verdict::Next
     })?;
     Ok(leaked)
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_lose_exactly_what_is_out() {
+        for (out, rest) in [
+            (vec![], vec![0..4, 4..5, 5..9]),
+            (vec![0, 4, 8], vec![1..4, 5..8]),
+            (vec![1, 2], vec![0..1, 3..4, 4..5, 5..9]),
+            ((0..9).collect(), vec![]),
+        ] {
+            let set = out.iter().copied().collect();
+            assert_eq!(without(&[0..4, 4..5, 5..9], &set), rest, "{out:?}");
+        }
+    }
 }
