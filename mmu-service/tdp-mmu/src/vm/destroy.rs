@@ -16,6 +16,7 @@ use super::{Mode, Vm};
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
+use crate::mmu::arena::Arena;
 use crate::mmu::roots::{Filter, RootTypes};
 use crate::seam::SeamError;
 use crate::sync::atomic::Ordering;
@@ -53,6 +54,7 @@ impl Vm {
         }
         self.slots.clear();
         self.check_end();
+        Arena::collect_deferred();
         drop((runs, slots));
         let counts = self.finish(seam);
         match torn {
