@@ -440,7 +440,7 @@ impl Draw {
         match self {
             Self::Zero => 0,
             Self::Gpa => MAPPED + at % 24 * PAGE - 8 * PAGE,
-            Self::Table => at % 4 * LARGE | 1,
+            Self::Table => (at % 4 * LARGE) | 1,
             Self::Free => POOL + LARGE + at % 32 * PAGE - 8 * PAGE,
             Self::Source => 0x10_0000,
             Self::Tdr => TDR,
