@@ -54,8 +54,9 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
             }
             "growth" => {
                 let figures = figure["figures"].as_array().unwrap();
-                let sizes: Vec<_> = figures.iter().map(|figure| &figure["size"]).collect();
-                assert_eq!(sizes, [&(2 << 20), &(16 << 20)]);
+                let size = |figure: &serde_json::Value| figure["size"].as_u64().unwrap();
+                let sizes: Vec<u64> = figures.iter().map(size).collect();
+                assert_eq!(sizes, [2 << 20, 16 << 20]);
             }
             "convert" => {
                 assert_eq!(figure["seamcalls"]["TDH.MEM.TRACK"], 1);
@@ -80,12 +81,16 @@ fn growth_is_drawn_and_nothing_else_is() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("growth.svg");
     let file = file.to_str().unwrap();
-    let once = ["--repeats", "1", "--warm-up", "0", "--plot", file];
-    let ran = run([&["bench", "growth", "--size", "16M"], &once[..]].concat());
+    let drawn = |name, size| {
+        let what = ["bench", name, "--size", size];
+        let how = ["--repeats", "1", "--warm-up", "0", "--plot", file];
+        run(what.into_iter().chain(how))
+    };
+    let ran = drawn("growth", "16M");
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let svg = std::fs::read_to_string(file).unwrap();
     assert!(svg.contains("16 MiB") && svg.ends_with("</svg>\n"), "{svg}");
-    let ran = run([&["bench", "populate", "--size", "4M"], &once[..]].concat());
+    let ran = drawn("populate", "4M");
     assert_eq!(ran.code, Some(2), "{ran:?}");
     assert!(ran.stderr.contains("--plot"), "{ran:?}");
 }
