@@ -188,6 +188,15 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// `--plot` has nowhere to go.
+    #[error("plot: cannot write {}", .file.display())]
+    Plot {
+        /// As given.
+        file: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// Logs and traces cannot be set up.
     #[error("telemetry cannot be set up")]
     Telemetry(#[from] telemetry::TelemetryError),

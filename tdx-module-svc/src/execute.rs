@@ -110,6 +110,9 @@ fn run_and_record<R>(
 /// belongs to and not the batch.
 fn run(module: &Module, verdict: &Verdict, batch: &Batch) -> Vec<SeamcallResult> {
     let mut tracer = Tracer::open(batch);
+    if tracer.is_off() {
+        return module.seamcalls(batch.lp, &batch.calls, batch.stop_on_error);
+    }
     let mut results = Vec::with_capacity(batch.calls.len());
     for (at, call) in batch.calls.iter().enumerate() {
         let result = tracer.leaf(call, || match verdict.instead(at) {

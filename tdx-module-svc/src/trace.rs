@@ -57,6 +57,11 @@ impl Tracer {
         }
     }
 
+    /// Whether no leaf gets a span.
+    pub(crate) fn is_off(&self) -> bool {
+        self.leaf_spans_left == 0
+    }
+
     /// Runs one call, in a span while there are any left.
     pub(crate) fn leaf(
         &mut self,

@@ -7,15 +7,21 @@
 //! |---|---|
 //! | `in_process` | both libraries in this process: the floor of everything that crosses a wire |
 //! | `remote` | VMs behind the two services |
+//! | `memory` | what a page costs in both processes |
+//! | `plot` | figures as a drawing |
 //! | `figure` | medians, ratios, and how they are told |
 //! | the others | one benchmark each |
 
 mod build;
 mod fault;
 mod figure;
+mod growth;
 mod hit;
 mod in_process;
+mod life;
+mod memory;
 mod overload;
+mod plot;
 mod ranges;
 mod raw;
 mod remote;
@@ -26,9 +32,11 @@ use std::time::{Duration, Instant};
 
 pub use figure::Figure;
 pub use overload::OPTIONS as OVERLOAD_OPTIONS;
+pub use plot::plot;
 
 use crate::client::Client;
 use crate::error::Error;
+use crate::local::ProcessMemory;
 use crate::progress::Progress;
 use crate::session::Session;
 
@@ -43,6 +51,10 @@ pub enum Name {
     Populate,
     /// Faults in random order through the fault stream, beside both libraries in one process
     Scatter,
+    /// One TD populated, audited, converted and destroyed: for sizes up to a terabyte
+    Life,
+    /// What a page costs in TDs from 2 MiB to --size, time and memory
+    Growth,
     /// Conversion of a populated range to shared, beside its population
     Convert,
     /// A measured image, beside hashing the same bytes
@@ -94,14 +106,24 @@ impl Plan {
 /// Where the module listens, for benchmarks that have a link of their own.
 pub type ModuleUrl<'a> = &'a str;
 
+/// Resident memory of both processes, if they belong to this command.
+pub type Memory<'a> = &'a dyn Fn() -> Option<ProcessMemory>;
+
 /// Runs one benchmark on the services of a session.
-pub async fn run(session: &Session, client: &Client, plan: Plan) -> Result<Vec<Figure>, Error> {
+pub async fn run(
+    session: &Session,
+    client: &Client,
+    memory: Memory<'_>,
+    plan: Plan,
+) -> Result<Vec<Figure>, Error> {
     let module = session.module_url();
     let progress = Progress::new("repeats", u64::from(plan.warm_up + plan.repeats));
     match plan.name {
         Name::Hit => hit::run(plan, &progress).await,
         Name::Fault => fault::run(module, plan, &progress).await,
-        Name::Populate => ranges::populate(client, plan, &progress).await,
+        Name::Populate => ranges::populate(client, memory, plan, &progress).await,
+        Name::Life => life::run(client, memory, plan, &progress).await,
+        Name::Growth => growth::run(client, memory, plan, &progress).await,
         Name::Scatter => scatter::run(client, plan, &progress).await,
         Name::Convert => ranges::convert(client, plan, &progress).await,
         Name::Build => build::run(client, plan, &progress).await,

@@ -17,6 +17,7 @@ use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
 use crate::ledger::Note;
+use crate::mmu::arena::Arena;
 use crate::mmu::roots::{Filter, RootTypes};
 use crate::seam::SeamError;
 use crate::sync::atomic::Ordering;
@@ -58,6 +59,7 @@ impl Vm {
         }
         self.slots.clear();
         self.check_end();
+        Arena::collect_deferred();
         drop((runs, slots));
         let counts = self.finish(seam);
         match torn {

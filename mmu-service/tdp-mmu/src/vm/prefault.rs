@@ -5,6 +5,7 @@
 //! "accessed" clear.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use tdx_defs::{Gfn, PAGE_SHIFT, PAGE_SIZE, Visibility};
 
@@ -45,7 +46,7 @@ impl Vm {
         let mut gfn = range.start;
         while gfn < range.end {
             let index = usize::try_from(gfn - range.start).unwrap_or(usize::MAX);
-            let wanted = self.prefetch(index, Gfn::new(gfn));
+            let wanted = faulting.prefetch(index, Gfn::new(gfn));
             faulting.push(wanted);
             // A fault on shared memory has ended by now: a huge page is done up to its end.
             let next = match faulting.ended.last() {
@@ -72,29 +73,6 @@ impl Vm {
         match done.failed {
             Some((0, error)) => Err(error),
             _ => Ok(seam.counts),
-        }
-    }
-
-    /// The kind of access follows the attribute of the frame.
-    fn prefetch(&self, index: usize, gfn: Gfn) -> Wanted {
-        let slot = self.slots.find(gfn);
-        let visibility = match self.is_private(slot.as_deref(), gfn) {
-            true => Visibility::Private,
-            false => Visibility::Shared,
-        };
-        let access = Access {
-            write: false,
-            exec: false,
-        };
-        Wanted {
-            index,
-            gfn,
-            visibility,
-            access,
-            present: false,
-            prefetch: true,
-            guest_walk: GuestWalk::Unknown,
-            offset: 0,
         }
     }
 
@@ -126,6 +104,31 @@ impl Vm {
                 size_field,
                 format!("the range {gpa:#x} + {size:#x} ends above the SHARED bit ({limit:#x})"),
             )),
+        }
+    }
+}
+
+impl Faulting<'_> {
+    /// The kind of access follows the attribute of the frame.
+    fn prefetch(&mut self, index: usize, gfn: Gfn) -> Wanted {
+        let slot = self.slots.find(gfn);
+        let visibility = match self.vm.is_private(slot.map(Arc::as_ref), gfn) {
+            true => Visibility::Private,
+            false => Visibility::Shared,
+        };
+        let access = Access {
+            write: false,
+            exec: false,
+        };
+        Wanted {
+            index,
+            gfn,
+            visibility,
+            access,
+            present: false,
+            prefetch: true,
+            guest_walk: GuestWalk::Unknown,
+            offset: 0,
         }
     }
 }

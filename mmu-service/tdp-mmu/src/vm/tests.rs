@@ -158,7 +158,10 @@ fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
         .going
         .store(true, Ordering::SeqCst);
     let early = vm
-        .resolve(&wanted(GFN, Visibility::Private, false))
+        .resolve(
+            &mut vm.slots.lookups(),
+            &wanted(GFN, Visibility::Private, false),
+        )
         .err()
         .unwrap();
     assert!(matches!(early, Early::SlotGoing));
@@ -176,7 +179,10 @@ fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
 fn d15_a_frame_with_the_shared_bit_is_a_bug() {
     let (_rig, vm) = e4(Mode::Batched);
     let alias = Gfn::new(1 | vm.mmu.layout.direct_bits());
-    let Err(Early::Error(error)) = vm.resolve(&wanted(alias, Visibility::Shared, false)) else {
+    let Err(Early::Error(error)) = vm.resolve(
+        &mut vm.slots.lookups(),
+        &wanted(alias, Visibility::Shared, false),
+    ) else {
         panic!("resolved");
     };
     assert_eq!(error.errno(), errno::EFAULT);
@@ -546,7 +552,10 @@ fn an_mmio_entry_is_no_younger_than_the_slots_that_were_asked() {
     let rig = Rig::new();
     let vm = rig.ordinary(VmConfig::default());
     vm.load_mmu(0).unwrap();
-    let Ok(resolved) = vm.resolve(&wanted(GFN, Visibility::Shared, false)) else {
+    let Ok(resolved) = vm.resolve(
+        &mut vm.slots.lookups(),
+        &wanted(GFN, Visibility::Shared, false),
+    ) else {
         panic!("no slot is no error");
     };
     // The slot comes after the look-up and before the entry.

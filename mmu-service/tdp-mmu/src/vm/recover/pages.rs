@@ -93,7 +93,7 @@ impl Pages {
 fn ask(seam: &mut Seam<'_>, pages: &[Pfn]) -> InFlight {
     let reads = pages
         .iter()
-        .map(|&page| calls::phymem_page_rdmd(page).to_seamcall());
+        .map(|&page| calls::phymem_page_rdmd(page).into_seamcall());
     seam.submit(None, reads.collect())
 }
 

@@ -12,7 +12,6 @@ use crate::host::BLOCK_PAGES;
 use crate::ledger::Note;
 use crate::mmu::arena::TableId;
 use crate::tdx::calls;
-use crate::tdx::lost::Trace;
 use crate::tdx::remove::{Leaving, Removed};
 use crate::tdx::seam::{Seam, Verdict};
 use crate::vm::Vm;
@@ -53,11 +52,8 @@ impl Recovery {
         let hooks = vm.hooks();
         let (ready, open): (Vec<_>, Vec<_>) = going.into_iter().partition(|(_, blocked)| *blocked);
         let open: Vec<Leaving> = open.into_iter().map(|(leaf, _)| leaf).collect();
-        let tdr = vm.td.tdr();
         let mut stuck = BTreeSet::new();
-        hooks.each(seam, &open, &mut stuck, (true, Trace::Blocked), &|leaf| {
-            calls::mem_range_block(tdr, leaf.gfn, Level::L4K)
-        })?;
+        hooks.block(seam, &open, &mut stuck)?;
         let first = (blocked.iter().map(|(leaf, _)| *leaf))
             .chain(ready.iter().map(|(leaf, _)| *leaf))
             .chain(open.iter().copied())

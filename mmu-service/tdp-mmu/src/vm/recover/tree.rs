@@ -155,7 +155,7 @@ impl Reading<'_, '_> {
         let frames = (first..ENTRIES).map(|index| base.offset(index as u64 * level.pages()));
         let reads: Vec<_> = frames
             .take_while(|gfn| gfn.get() < limit)
-            .map(|gfn| calls::mem_sept_rd(tdr, gfn, level).to_seamcall())
+            .map(|gfn| calls::mem_sept_rd(tdr, gfn, level).into_seamcall())
             .collect();
         Asked {
             table,
