@@ -6,6 +6,7 @@
 #                                                      after deploy/offline-images.sh, without one
 #
 # COMPOSE="docker compose"   which compose (default: docker-compose, else docker compose)
+# SMOKE_TLS=1                with TLS: deploy/docker-compose.tls.yml on top
 # SMOKE_KEEP=1               leaves everything running
 # SMOKE_REQUIRE_JAEGER=1     fails when no Jaeger answers, instead of saying so
 # Ports and images: the variables of deploy/docker-compose.yml.
@@ -15,6 +16,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # A project of its own: a stack that somebody runs from this folder is neither used nor stopped.
 export COMPOSE_FILE=deploy/docker-compose.yml COMPOSE_PROJECT_NAME=${SMOKE_PROJECT:-tdx-mmu-smoke}
+if [[ -n ${SMOKE_TLS:-} ]]; then
+    COMPOSE_FILE+=:deploy/docker-compose.tls.yml
+fi
 jaeger=http://127.0.0.1:${JAEGER_UI_PORT:-16686}
 services=(tdx-module-svc mmu-service)
 # The client is a process of its own, and the root of the trace.
@@ -102,6 +106,13 @@ audit=$(client audit --vm "$vm")
 echo "$audit"
 [[ $(field mismatches "$audit") == 0 ]] || die "the audit found mismatches"
 client vm destroy "$vm" >/dev/null
+
+if [[ -n ${SMOKE_TLS:-} ]]; then
+    # The last word is not read as success: the call has to be refused, and for this reason.
+    refused=$(CLIENT_CERT=operator client vm create 2>&1) && die "an operator made a VM"
+    grep -q 'needs the role host' <<<"$refused" || die "an operator was refused otherwise: $refused"
+    say "an operator may not make a VM"
+fi
 
 # The stable query API (v3); it answers in the shape of OTLP/JSON.
 trace_has_every_process() {

@@ -6,10 +6,11 @@ use prost::Message as _;
 
 /// Messages that the other packages share.
 const SHARED: &str = "mirror/trace/v1/trace.proto";
-const PROTOS: [&str; 5] = [
+const PROTOS: [&str; 6] = [
     SHARED,
     "tdx/module/v1/module.proto",
     "tdx/module/v1/guest.proto",
+    "tdx/module/v1/fault.proto",
     "tdx/module/v1/platform.proto",
     "kvm/mmu/v1/mmu.proto",
 ];

@@ -7,7 +7,7 @@ use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use telemetry::propagate::{ClientTraceLayer, TracedChannel};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tower::Layer as _;
-use transport::Address;
+use transport::{Address, ClientTls};
 
 use crate::error::{Error, Refusal};
 use crate::stop::Stop;
@@ -51,13 +51,14 @@ impl Client {
     pub async fn connect(
         mmu: &str,
         module: Option<&str>,
+        tls: Option<&ClientTls>,
         limits: Limits,
         stop: Stop,
     ) -> Result<Self, Error> {
-        let channel = connect("MMU service", mmu, limits, &stop).await?;
+        let channel = connect("MMU service", mmu, tls, limits, &stop).await?;
         let mmu = MmuServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
         let module = match module {
-            Some(url) => Some(connect_module(url, limits, &stop).await?),
+            Some(url) => Some(connect_module(url, tls, limits, &stop).await?),
             None => None,
         };
         Ok(Self {
@@ -163,10 +164,11 @@ impl Client {
 /// Connects to the module alone.
 pub async fn connect_module(
     url: &str,
+    tls: Option<&ClientTls>,
     limits: Limits,
     stop: &Stop,
 ) -> Result<TdxModuleServiceClient<TracedChannel>, Error> {
-    let channel = connect_module_channel(url, limits, stop).await?;
+    let channel = connect_module_channel(url, tls, limits, stop).await?;
     Ok(TdxModuleServiceClient::new(channel)
         .max_decoding_message_size(MAX_ANSWER_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES))
@@ -175,20 +177,22 @@ pub async fn connect_module(
 /// A connection to the module, for any of its services.
 pub async fn connect_module_channel(
     url: &str,
+    tls: Option<&ClientTls>,
     limits: Limits,
     stop: &Stop,
 ) -> Result<TracedChannel, Error> {
-    connect("TDX module", url, limits, stop).await
+    connect("TDX module", url, tls, limits, stop).await
 }
 
 async fn connect(
     service: &'static str,
     url: &str,
+    tls: Option<&ClientTls>,
     limits: Limits,
     stop: &Stop,
 ) -> Result<TracedChannel, Error> {
     let connected = tokio::select! {
-        connected = tokio::time::timeout(limits.short, transport::connect(url)) => connected,
+        connected = tokio::time::timeout(limits.short, transport::connect_with(url, tls)) => connected,
         () = stop.asked() => return Err(Error::Interrupted),
     };
     let channel = connected
@@ -204,11 +208,10 @@ async fn connect(
 fn trace_layer(url: &str) -> ClientTraceLayer {
     let layer = ClientTraceLayer::new();
     match url.parse::<Address>() {
-        Ok(Address::Unix(path)) => layer.server(&path.display().to_string(), None),
-        Ok(Address::Tcp(authority)) => match authority.rsplit_once(':') {
-            Some((host, port)) => layer.server(host, port.parse().ok()),
-            None => layer.server(&authority, None),
-        },
+        Ok(address) => {
+            let (server, port) = address.server();
+            layer.server(&server, port)
+        }
         // Nobody could connect to it.
         Err(_) => layer,
     }

@@ -49,6 +49,12 @@ pub enum Error {
         #[source]
         source: transport::ConnectError,
     },
+    /// The files of `--tls-ca`, `--tls-cert` and `--tls-key`.
+    #[error("the certificates cannot be used")]
+    Tls(#[source] transport::TlsError),
+    /// `certs` cannot do its work.
+    #[error("certificates cannot be made")]
+    Certs(#[source] crate::certs::CertsError),
     /// The services of `--local` did not come up.
     #[error("cannot start the local services")]
     Local(#[from] crate::local::LocalError),
@@ -132,6 +138,14 @@ pub enum Error {
         /// Of how many.
         scenarios: u64,
     },
+    /// A chaos run found something.
+    #[error("chaos found: {found}; to repeat: {again}")]
+    Chaos {
+        /// What.
+        found: String,
+        /// The command that plays the same again.
+        again: String,
+    },
     /// The raw call ended with an error.
     #[error("{leaf} answered {status}")]
     Seamcall {
@@ -168,6 +182,15 @@ pub enum Error {
     /// `--report` has nowhere to go.
     #[error("report: cannot write {}", .file.display())]
     Report {
+        /// As given.
+        file: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// `--plot` has nowhere to go.
+    #[error("plot: cannot write {}", .file.display())]
+    Plot {
         /// As given.
         file: std::path::PathBuf,
         /// Why.
@@ -225,6 +248,12 @@ impl Refusal {
     /// The gRPC code.
     pub fn code(&self) -> Code {
         self.0.code()
+    }
+
+    /// The reason that the service gives; none comes from a connection that broke.
+    pub fn reason(&self) -> Option<String> {
+        let details = self.0.get_error_details();
+        Some(details.error_info()?.reason.clone())
     }
 
     /// KVM's errno, when there is one.

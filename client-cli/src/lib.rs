@@ -12,6 +12,8 @@
 
 pub mod args;
 pub mod bench;
+pub mod certs;
+pub mod chaos;
 pub mod client;
 mod commands;
 pub mod compare;
@@ -114,6 +116,9 @@ fn run(cli: &Cli) -> Result<(), Failed> {
         }
         Command::Scenario(command) => {
             return Ok(commands::scenario(command)?.finish(cli.globals.output)?);
+        }
+        Command::Certs(args) => {
+            return Ok(commands::certs(args)?.finish(cli.globals.output)?);
         }
         Command::Man => return Ok(output::print(&commands::manual()?)?),
         _ => {}

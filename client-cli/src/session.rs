@@ -2,8 +2,10 @@
 
 use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
 use telemetry::propagate::TracedChannel;
+use transport::{ClientTls, ClientTlsFiles};
 
 use crate::args::{Command, Format, Globals};
+use crate::bench::{Name, OVERLOAD_OPTIONS};
 use crate::client::{Client, Limits, connect_module, connect_module_channel};
 use crate::error::Error;
 use crate::local::{Local, LocalError, ProcessMemory};
@@ -20,6 +22,7 @@ pub struct Session {
     pub output: Format,
     mmu: Option<String>,
     module: Option<String>,
+    tls: Option<ClientTls>,
     local: Option<Local>,
 }
 
@@ -37,6 +40,7 @@ impl Session {
                 output: globals.output,
                 mmu,
                 module,
+                tls: certificates(globals)?,
                 local: None,
             });
         }
@@ -45,7 +49,11 @@ impl Session {
             Command::Conformance(_) => &["--profile", "conformance", "--allow-injection"],
             _ => &[],
         };
-        let local = Local::start(&stop, module_options)
+        let mmu_options: &[&str] = match command {
+            Command::Bench(args) if args.name == Name::Overload => OVERLOAD_OPTIONS,
+            _ => &[],
+        };
+        let local = Local::start(&stop, module_options, mmu_options)
             .await
             .map_err(|error| match error {
                 LocalError::Interrupted => Error::Interrupted,
@@ -57,6 +65,7 @@ impl Session {
             limits,
             stop,
             output: globals.output,
+            tls: None,
             local: Some(local),
         })
     }
@@ -69,7 +78,19 @@ impl Session {
     /// Connects to the MMU service, and to the module if its URL is known.
     pub async fn client(&self) -> Result<Client, Error> {
         let mmu = self.mmu.as_deref().unwrap_or(mmu_service::DEFAULT_LISTEN);
-        Client::connect(mmu, self.module.as_deref(), self.limits, self.stop.clone()).await
+        Client::connect(
+            mmu,
+            self.module.as_deref(),
+            self.tls.as_ref(),
+            self.limits,
+            self.stop.clone(),
+        )
+        .await
+    }
+
+    /// Whether the command line names a service.
+    pub fn is_given(&self) -> bool {
+        self.local.is_none() && (self.mmu.is_some() || self.module.is_some())
     }
 
     /// Whether the services are the command's own.
@@ -90,7 +111,7 @@ impl Session {
             .module
             .as_deref()
             .unwrap_or(mmu_service::DEFAULT_MODULE);
-        connect_module_channel(module, self.limits, &self.stop).await
+        connect_module_channel(module, self.tls.as_ref(), self.limits, &self.stop).await
     }
 
     /// Connects to the module.
@@ -99,7 +120,7 @@ impl Session {
             .module
             .as_deref()
             .unwrap_or(mmu_service::DEFAULT_MODULE);
-        connect_module(module, self.limits, &self.stop).await
+        connect_module(module, self.tls.as_ref(), self.limits, &self.stop).await
     }
 
     /// Stops what was started. `result` gets a better cause when a service of ours ended under it.
@@ -119,4 +140,14 @@ impl Session {
         local.stop().await;
         result
     }
+}
+
+/// Reads the certificates, when there are any.
+fn certificates(globals: &Globals) -> Result<Option<ClientTls>, Error> {
+    let Some(ca) = globals.tls_ca.clone() else {
+        return Ok(None);
+    };
+    let identity = globals.tls_cert.clone().zip(globals.tls_key.clone());
+    let files = ClientTlsFiles { ca, identity };
+    ClientTls::load(files).map(Some).map_err(Error::Tls)
 }

@@ -5,8 +5,9 @@ use std::io;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use transport::{Address, Listener};
+use transport::Address;
 
+use crate::access::CallerTls;
 use crate::config::{Command, Config, size};
 use crate::server;
 
@@ -25,6 +26,18 @@ pub enum Error {
     /// A listener could not be bound.
     #[error("listen: nobody can listen there")]
     Bind(#[source] transport::BindError),
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    State(crate::store::StateError),
+    /// The module is at https:// and there is no certificate for it.
+    #[error("{module} needs --module-tls-ca, and --module-tls-cert with --module-tls-key")]
+    NoModuleCertificate {
+        /// Where the module is.
+        module: Address,
+    },
+    /// Certificates cannot be used.
+    #[error("the certificates cannot be used")]
+    Tls(#[source] transport::TlsError),
     /// The thread of the module link could not be started.
     #[error("the module link cannot be started")]
     Link(#[source] io::Error),
@@ -62,7 +75,7 @@ pub fn cli_main<I: IntoIterator<Item = OsString>>(args: I) -> ExitCode {
         }
     };
     let ended = match config.command.clone() {
-        Some(Command::Healthcheck { endpoint }) => healthcheck(endpoint),
+        Some(Command::Healthcheck { endpoint, tls }) => healthcheck(endpoint, &tls),
         None => serve(config),
     };
     match ended {
@@ -82,10 +95,8 @@ fn serve(config: Config) -> Result<(), Error> {
         .build()
         .map_err(Error::Runtime)?;
     let ended = runtime.block_on(async {
-        let mut listeners = Vec::new();
-        for address in &config.listen {
-            listeners.push(Listener::bind(address).await.map_err(Error::Bind)?);
-        }
+        let listeners = config.access.exposure().bind(&config.listen).await;
+        let listeners = listeners.map_err(Error::Bind)?;
         server::run(config, listeners, transport::shutdown_signal()).await
     });
     // Operations that outlived the drain are blocked in the link; they end with the process.
@@ -94,13 +105,17 @@ fn serve(config: Config) -> Result<(), Error> {
     ended
 }
 
-fn healthcheck(endpoint: Address) -> Result<(), Error> {
+fn healthcheck(endpoint: Address, tls: &CallerTls) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
+    let tls = tls.load().map_err(Error::Tls)?;
     runtime
-        .block_on(transport::healthcheck(&endpoint.to_string()))
+        .block_on(transport::healthcheck_with(
+            &endpoint.to_string(),
+            tls.as_ref(),
+        ))
         .map_err(|source| Error::Unhealthy { endpoint, source })
 }
 

@@ -3,12 +3,15 @@
 //! Parsed once, checked by clap, then passed down explicitly.
 
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, value_parser};
 use telemetry::Gate;
-use transport::Address;
+use transport::{Address, ClientTls, ClientTlsFiles};
 
+use crate::access::{Access, CallerTls};
+use crate::cli::Error;
 use crate::link::{Budget, LinkConfig};
 
 /// Where the service listens by default.
@@ -24,13 +27,19 @@ pub struct Config {
     #[command(subcommand)]
     pub command: Option<Command>,
 
-    /// Where to listen, unix:///path or http://host:port; more than once for several places.
+    /// Where to listen, unix:///path, https://host:port or http://host:port; more than once for
+    /// several places.
     #[arg(long, value_name = "URL", env = "MMU_LISTEN", value_delimiter = ',', default_value = DEFAULT_LISTEN)]
     pub listen: Vec<Address>,
 
-    /// Where the TDX module listens, unix:///path or http://host:port.
+    /// Where the TDX module listens, unix:///path, https://host:port or http://host:port.
     #[arg(long, value_name = "URL", env = "MMU_MODULE", default_value = DEFAULT_MODULE)]
     pub module: Address,
+
+    /// Where the state is that outlives the service: VMs are there again after a restart. A
+    /// directory of its own, which nobody else may enter. Without it VMs end with the service.
+    #[arg(long, value_name = "DIR", env = "MMU_STATE")]
+    pub state: Option<PathBuf>,
 
     /// What the service takes on at a time.
     #[command(flatten)]
@@ -39,6 +48,14 @@ pub struct Config {
     /// How the module is talked to.
     #[command(flatten)]
     pub link: Link,
+
+    /// Certificates for a module at https://.
+    #[command(flatten)]
+    pub module_tls: ModuleTls,
+
+    /// Who may call.
+    #[command(flatten)]
+    pub access: Access,
 
     /// The page for browsers.
     #[command(flatten)]
@@ -54,9 +71,12 @@ pub struct Config {
 pub enum Command {
     /// Ask a running service whether it is serving: exit status 0 when it is.
     Healthcheck {
-        /// Where it listens, unix:///path or http://host:port.
+        /// Where it listens, unix:///path, https://host:port or http://host:port.
         #[arg(long, value_name = "URL", env = "MMU_ENDPOINT", default_value = DEFAULT_LISTEN)]
         endpoint: Address,
+        /// Certificates for an https:// address.
+        #[command(flatten)]
+        tls: CallerTls,
     },
 }
 
@@ -108,6 +128,11 @@ pub struct Limits {
     /// Operations that work at a time; each has a thread while it does.
     #[arg(long, value_name = "N", env = "MMU_MAX_OPERATIONS", default_value = "256", value_parser = value_parser!(u32).range(1..=4096))]
     pub max_operations: u32,
+
+    /// Operations of one VM that work or wait for a thread; more are refused at once, so that a
+    /// VM's flood leaves places for others.
+    #[arg(long, value_name = "N", env = "MMU_MAX_VM_OPERATIONS", default_value = "128", value_parser = value_parser!(u32).range(1..=4096))]
+    pub max_vm_operations: u32,
 
     /// Requests that are in work or wait for a thread; those above are refused at once.
     #[arg(long, value_name = "N", env = "MMU_MAX_REQUESTS", default_value = "1024", value_parser = value_parser!(u32).range(1..=65_536))]
@@ -168,6 +193,28 @@ pub struct Link {
     pub reconnect_time_s: u64,
 }
 
+/// Certificates for a module at https://.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Module link")]
+pub struct ModuleTls {
+    /// Authority of the module's certificate, PEM, for a module at https://.
+    #[arg(long, value_name = "FILE", env = "MMU_MODULE_TLS_CA")]
+    pub module_tls_ca: Option<PathBuf>,
+
+    /// Certificate to show to the module, PEM; default: that of --tls-cert.
+    #[arg(long, value_name = "FILE", env = "MMU_MODULE_TLS_CERT", requires_all = ["module_tls_ca", "module_tls_key"])]
+    pub module_tls_cert: Option<PathBuf>,
+
+    /// Its private key.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "MMU_MODULE_TLS_KEY",
+        requires = "module_tls_cert"
+    )]
+    pub module_tls_key: Option<PathBuf>,
+}
+
 /// Which faults are traced, while spans are exported. A fault whose caller says "sampled" always
 /// is; one that failed, or met a busy module, has at least a span of its own.
 #[derive(Debug, Clone, Copy, Args)]
@@ -189,9 +236,11 @@ impl Tracing {
 }
 
 impl Config {
-    pub(crate) fn link_config(&self) -> LinkConfig {
-        LinkConfig {
+    /// Reads the certificates for the module, if it needs any.
+    pub(crate) fn link_config(&self) -> Result<LinkConfig, Error> {
+        Ok(LinkConfig {
             module: self.module.clone(),
+            tls: self.module_certificates()?,
             // A stream without a logical processor is never opened, so this is an upper bound.
             streams: size(self.link.link_streams),
             window: size(self.link.link_window),
@@ -202,7 +251,34 @@ impl Config {
                 time: Duration::from_secs(self.link.reconnect_time_s),
             },
             message_limit: self.limits.message_limit(),
+        })
+    }
+
+    fn module_certificates(&self) -> Result<Option<ClientTls>, Error> {
+        if !matches!(self.module, Address::Tls(_)) {
+            return Ok(None);
         }
+        let ModuleTls {
+            module_tls_ca: Some(ca),
+            module_tls_cert,
+            module_tls_key,
+        } = self.module_tls.clone()
+        else {
+            return Err(Error::NoModuleCertificate {
+                module: self.module.clone(),
+            });
+        };
+        let identity = module_tls_cert.zip(module_tls_key);
+        let own = self
+            .access
+            .tls_cert
+            .clone()
+            .zip(self.access.tls_key.clone());
+        let files = ClientTlsFiles {
+            ca,
+            identity: identity.or(own),
+        };
+        ClientTls::load(files).map(Some).map_err(Error::Tls)
     }
 }
 
@@ -262,6 +338,7 @@ mod tests {
             ("--module", "nowhere"),
             ("--max-vms", "0"),
             ("--max-operations", "4097"),
+            ("--max-vm-operations", "0"),
             ("--max-message", "1"),
             ("--rpc-deadline-s", "0"),
             ("--reconnect-attempts", "0"),
@@ -292,7 +369,7 @@ mod tests {
                 .unwrap();
         assert!(matches!(
             config.command,
-            Some(Command::Healthcheck { endpoint }) if endpoint.to_string() == "http://h:1"
+            Some(Command::Healthcheck { endpoint, .. }) if endpoint.to_string() == "http://h:1"
         ));
     }
 }

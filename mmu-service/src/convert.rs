@@ -180,7 +180,7 @@ pub(crate) fn slot_from_wire(slot: wire::Slot) -> Result<SlotSpec, InvalidField>
     })
 }
 
-fn slot_to_wire(slot: &SlotSpec) -> wire::Slot {
+pub(crate) fn slot_to_wire(slot: &SlotSpec) -> wire::Slot {
     wire::Slot {
         slot_id: slot.slot_id,
         gpa: slot.gpa,

@@ -1,4 +1,5 @@
-//! grpc.health.v1: serving while the module is there and the service is not about to end.
+//! grpc.health.v1: serving while the module is there, the VMs of an earlier run are recovered, and
+//! the service is not about to end.
 
 use mirror_proto::mmu::mmu_service_server::SERVICE_NAME;
 use tokio::sync::watch;
@@ -13,18 +14,20 @@ use crate::shell::Shell;
 /// ends.
 pub(crate) async fn report(reporter: HealthReporter, shell: &Shell) -> JoinHandle<()> {
     let (mut link, mut draining) = (shell.link.state(), shell.draining());
+    let mut opening = shell.vms.opening();
     // Before anybody can ask: a service without a status would be unknown.
-    publish(&reporter, &mut link, &mut draining).await;
+    publish(&reporter, &mut link, &mut draining, &mut opening).await;
     tokio::spawn(async move {
         loop {
             let changed = tokio::select! {
                 changed = link.changed() => changed,
                 changed = draining.changed() => changed,
+                changed = opening.changed() => changed,
             };
             if changed.is_err() {
                 return;
             }
-            publish(&reporter, &mut link, &mut draining).await;
+            publish(&reporter, &mut link, &mut draining, &mut opening).await;
         }
     })
 }
@@ -33,15 +36,17 @@ async fn publish(
     reporter: &HealthReporter,
     link: &mut watch::Receiver<LinkState>,
     draining: &mut watch::Receiver<bool>,
+    opening: &mut watch::Receiver<bool>,
 ) {
     let is_up = matches!(&*link.borrow_and_update(), LinkState::Up(_));
     let is_draining = *draining.borrow_and_update();
-    let serving = match (is_up, is_draining) {
+    let is_open = *opening.borrow_and_update();
+    let serving = match (is_up && is_open, is_draining) {
         (true, false) => ServingStatus::Serving,
         _ => ServingStatus::NotServing,
     };
     for service in ["", SERVICE_NAME] {
         reporter.set_service_status(service, serving).await;
     }
-    tracing::debug!(%serving, is_up, is_draining, "health");
+    tracing::debug!(%serving, is_up, is_open, is_draining, "health");
 }

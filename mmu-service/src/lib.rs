@@ -11,6 +11,7 @@
 //!
 //! [`cli_main`] is the whole program; [`run`] is the server on listeners that the caller made.
 
+mod access;
 mod cli;
 mod config;
 mod convert;
@@ -20,14 +21,18 @@ mod link;
 mod linked;
 mod metrics;
 mod reasons;
+mod recover;
 mod registry;
 mod server;
 mod service;
 mod shell;
 mod status;
+mod store;
 mod web;
 
+pub use access::{Access, CallerTls};
 pub use cli::{Error, cli_main};
 pub use config::{Command, Config, DEFAULT_LISTEN, DEFAULT_MODULE, Limits, Link, Page, Tracing};
 pub use linked::{Linked, LinkedError, link_to};
 pub use server::run;
+pub use store::StateError;

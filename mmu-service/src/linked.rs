@@ -16,6 +16,9 @@ pub enum LinkedError {
     /// The address is none.
     #[error("the module's address cannot be used")]
     Address(#[source] clap::Error),
+    /// The certificates cannot be used.
+    #[error("the certificates for the module cannot be used")]
+    Tls(#[source] Box<crate::cli::Error>),
     /// The I/O thread cannot be started.
     #[error("the module link cannot be started")]
     Start(#[source] std::io::Error),
@@ -52,7 +55,10 @@ impl Linked {
 pub async fn link_to(module: &str, patience: Duration) -> Result<Linked, LinkedError> {
     let args = ["mmu-service", "--module", module];
     let config = Config::try_parse_from(args).map_err(LinkedError::Address)?;
-    let link = ModuleLink::start(config.link_config(), Arc::clone(&Metrics::new().link))
+    let link_config = config
+        .link_config()
+        .map_err(|error| LinkedError::Tls(Box::new(error)))?;
+    let link = ModuleLink::start(link_config, Arc::clone(&Metrics::new().link))
         .map_err(LinkedError::Start)?;
     let attachment = link
         .attach(patience)

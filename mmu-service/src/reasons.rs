@@ -1,6 +1,12 @@
 //! Why this service refuses a request; `docs/errors.md` shows the same table.
 
 transport::reasons! {
+    NOT_ADMITTED: PermissionDenied, "",
+        "the caller is nobody here: its user is not the service's own, root, or in `--allow-uid`",
+        "call as that user, or list this one; nothing has run";
+    ROLE_NEEDED: PermissionDenied, "`needed`, `held`",
+        "the caller does not hold the role that the method needs",
+        "use a certificate or a user with that role: [security.md](security.md); nothing has run";
     INVALID_FIELD: InvalidArgument, "`BadRequest` names the field, `errno` EINVAL",
         "a field has a value that cannot be: unaligned, out of range, or not possible on this platform",
         "correct the field; its limit is in the message";
@@ -23,7 +29,7 @@ transport::reasons! {
         "simulated memory, key ids or VM places are spent",
         "destroy a VM, or give the platform more";
     OVERLOADED: ResourceExhausted, "`RetryInfo`, `errno` EAGAIN for operations",
-        "too many requests or operations are in work; nothing has run",
+        "too many requests or operations are in work, of all VMs or of this one; nothing has run",
         "send it again after the delay";
     BUSY: Aborted, "`RetryInfo`, `errno` EBUSY or EAGAIN",
         "the module stayed busy for the whole retry budget, or the slot is about to go",
@@ -31,6 +37,12 @@ transport::reasons! {
     MODULE_UNREACHABLE: Unavailable, "`RetryInfo`, `errno` EIO",
         "the module does not answer",
         "see whether it runs, then send it again";
+    RECOVERING: Unavailable, "`RetryInfo`, `errno` EAGAIN",
+        "the service has restarted and makes the VMs of its earlier run again",
+        "send it again after the delay, or wait until the health is SERVING";
+    STATE_NOT_WRITTEN: Unavailable, "`errno` EIO",
+        "what the operation is about to do could not be written to `--state`; it was not done",
+        "make room on the disk or mend it, then send it again";
     DRAINING: Unavailable, "`errno` ESHUTDOWN",
         "the service is stopping",
         "wait for the next one";

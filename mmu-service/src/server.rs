@@ -17,9 +17,11 @@ use crate::health;
 use crate::link::ModuleLink;
 use crate::metrics::Metrics;
 use crate::reasons;
+use crate::recover;
 use crate::service::{self, Service};
 use crate::shell::Shell;
 use crate::status;
+use crate::store::Store;
 use crate::web;
 
 /// When a request that found no place may come back.
@@ -34,11 +36,13 @@ pub async fn run(
     listeners: Vec<Listener>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
+    let store = config.state.as_deref().map(Store::open).transpose();
+    let store = store.map_err(Error::State)?;
     let metrics = Metrics::new();
     let link =
-        ModuleLink::start(config.link_config(), Arc::clone(&metrics.link)).map_err(Error::Link)?;
+        ModuleLink::start(config.link_config()?, Arc::clone(&metrics.link)).map_err(Error::Link)?;
     let gate = config.tracing.gate();
-    let shell = Shell::new(config.limits, gate.clone(), link, metrics);
+    let shell = Shell::new(config.limits, gate.clone(), link, metrics, store.clone());
     let (reporter, health_service) = tonic_health::server::health_reporter();
     let health = health::report(reporter, &shell).await;
 
@@ -67,6 +71,7 @@ pub async fn run(
                 // Open for hours; its messages have spans of their own.
                 .skip(service::FAULT_STREAM_PATH),
         )
+        .layer(config.access.layer())
         .add_routes(transport::with_web(services, web));
 
     for address in listeners
@@ -75,6 +80,7 @@ pub async fn run(
     {
         tracing::info!(%address, module = %config.module, "listening");
     }
+    let recovery = store.map(|store| tokio::spawn(recover::run(Arc::clone(&shell), store)));
     let drain = config.limits.drain();
     let mut drained_by = None;
     let stopping = async {
@@ -90,6 +96,10 @@ pub async fn run(
     shell
         .finish(drained_by.unwrap_or_else(|| Instant::now() + drain))
         .await;
+    if let Some(recovery) = recovery {
+        // It has seen the end of the service, or is in the middle of a look at the module.
+        recovery.abort();
+    }
     health.abort();
     Ok(())
 }

@@ -19,6 +19,7 @@ use crate::link::{self, LinkState, ModuleLink};
 use crate::metrics::{Costs, Metrics};
 use crate::registry::{Registry, VmEntry};
 use crate::status;
+use crate::store::Store;
 
 /// How long an operation may wait for a thread.
 const THREAD_WAIT: Duration = Duration::from_secs(5);
@@ -28,6 +29,8 @@ pub(crate) struct Shell {
     pub(crate) limits: Limits,
     pub(crate) link: Arc<ModuleLink>,
     pub(crate) vms: Registry,
+    /// What outlives the service, if anything does.
+    pub(crate) store: Option<Arc<Store>>,
     pub(crate) metrics: Arc<Metrics>,
     /// Which faults are traced.
     pub(crate) gate: Gate,
@@ -42,9 +45,11 @@ impl Shell {
         gate: Gate,
         link: Arc<ModuleLink>,
         metrics: Arc<Metrics>,
+        store: Option<Arc<Store>>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            vms: Registry::new(limits.max_vms),
+            vms: Registry::new(limits.max_vms, limits.max_vm_operations, store.is_none()),
+            store,
             threads: Arc::new(Semaphore::new(size(limits.max_operations))),
             running: TaskTracker::new(),
             draining: watch::Sender::new(false),
@@ -92,10 +97,17 @@ impl Shell {
         span: Span,
         work: impl FnOnce(&Vm) -> Result<T, VmError> + Send + 'static,
     ) -> Result<T, Status> {
+        let Some(share) = entry.operation() else {
+            return Err(status::vm_overloaded(
+                entry.id,
+                self.limits.max_vm_operations,
+            ));
+        };
         let entry = Arc::clone(entry);
         let metrics = Arc::clone(&self.metrics);
         // Counted there and not here: the operation ends whether or not its caller still waits.
         let counted = move || {
+            let _share = share;
             let outcome = work(&entry.vm);
             if let Ok(Some(counts)) = outcome.as_ref().map(Costs::costs) {
                 metrics.did(counts);
@@ -126,13 +138,18 @@ impl Shell {
     }
 
     /// Waits for what is running, then gives every VM's pages and keys back to the module, which
-    /// outlives this service. Stops at `deadline` and says what is left.
+    /// outlives this service; VMs whose state is kept stay for the next one. Stops at `deadline`
+    /// and says what is left.
     pub(crate) async fn finish(self: &Arc<Self>, deadline: Instant) {
         if timeout_at(deadline, self.running.wait()).await.is_err() {
             tracing::warn!(
                 operations = self.running.len(),
                 "operations are still running"
             );
+        }
+        if self.store.is_some() {
+            tracing::info!(vms = self.vms.all().len(), "VMs are kept for the next run");
+            return;
         }
         let mut releases = tokio::task::JoinSet::new();
         if let LinkState::Down { reason, .. } = &*self.link.state().borrow() {

@@ -90,6 +90,7 @@ pub(crate) fn of_vm(error: &VmError) -> Status {
         ErrorKind::ResourceExhausted => (reasons::EXHAUSTED, None),
         ErrorKind::Aborted => (reasons::BUSY, Some(RETRY_SOON)),
         ErrorKind::Unavailable => (reasons::MODULE_UNREACHABLE, Some(RETRY_MODULE)),
+        ErrorKind::NotKept => (reasons::STATE_NOT_WRITTEN, None),
         ErrorKind::Internal => (reasons::INTERNAL, None),
     };
     let mut refusal = Refusal::new(reason, error.to_string())
@@ -159,11 +160,29 @@ pub(crate) fn overloaded(limit: u32) -> Status {
         .status()
 }
 
+/// One VM asks for more than its share.
+pub(crate) fn vm_overloaded(vm_id: u64, limit: u32) -> Status {
+    let message = format!("VM {vm_id} has {limit} operations in work, the limit of one VM");
+    Refusal::new(reasons::OVERLOADED, message)
+        .errno(EAGAIN)
+        .retry(Some(RETRY_SOON))
+        .status()
+}
+
 /// The module is away.
 pub(crate) fn module_unreachable(reason: &str) -> Status {
     Refusal::new(reasons::MODULE_UNREACHABLE, reason)
         .errno(EIO)
         .retry(Some(RETRY_MODULE))
+        .status()
+}
+
+/// The VMs of an earlier process are not there yet.
+pub(crate) fn recovering() -> Status {
+    let message = "the VMs of an earlier run of the service are being recovered";
+    Refusal::new(reasons::RECOVERING, message)
+        .errno(EAGAIN)
+        .retry(Some(RETRY_SOON))
         .status()
 }
 
@@ -295,6 +314,16 @@ mod tests {
                 }),
                 Code::FailedPrecondition,
                 "VM_DEAD",
+                "5",
+                None,
+                false,
+            ),
+            (
+                VmError::NotKept(tdp_mmu::LedgerError {
+                    reason: reason("disk full"),
+                }),
+                Code::Unavailable,
+                "STATE_NOT_WRITTEN",
                 "5",
                 None,
                 false,

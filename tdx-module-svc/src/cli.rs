@@ -6,9 +6,10 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use transport::{Address, BindError, HealthError, Listener, error_chain};
+use transport::{Address, BindError, HealthError, TlsError, error_chain};
 
 use crate::Config;
+use crate::access::CallerTls;
 use crate::config::DEFAULT_LISTEN;
 
 /// Name of the service in traces.
@@ -32,6 +33,8 @@ enum Command {
         #[arg(long, value_name = "URL", env = "TDX_MODULE_LISTEN", value_delimiter = ',',
               default_value = DEFAULT_LISTEN)]
         endpoint: Vec<Address>,
+        #[command(flatten)]
+        tls: CallerTls,
     },
 }
 
@@ -43,6 +46,8 @@ enum Failure {
     Telemetry(#[from] telemetry::TelemetryError),
     #[error(transparent)]
     Bind(#[from] BindError),
+    #[error("the certificates cannot be used")]
+    Tls(#[from] TlsError),
     #[error(transparent)]
     Health(#[from] HealthError),
     #[error(transparent)]
@@ -65,7 +70,7 @@ where
     };
     let done = match cli.command {
         None => serve(cli.config),
-        Some(Command::Healthcheck { endpoint }) => healthcheck(&endpoint),
+        Some(Command::Healthcheck { endpoint, tls }) => healthcheck(&endpoint, &tls),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -89,10 +94,7 @@ fn serve(config: Config) -> Result<(), Failure> {
         .map_err(Failure::Runtime)?;
     let telemetry = telemetry::init(SERVICE, "")?;
     let served = runtime.block_on(async {
-        let mut listeners = Vec::new();
-        for address in &config.listen {
-            listeners.push(Listener::bind(address).await?);
-        }
+        let listeners = config.access.exposure().bind(&config.listen).await?;
         let with_stdin = config.stop_with_stdin;
         let shutdown = async move {
             tokio::select! {
@@ -108,13 +110,17 @@ fn serve(config: Config) -> Result<(), Failure> {
     served
 }
 
-fn healthcheck(endpoint: &[Address]) -> Result<(), Failure> {
+fn healthcheck(endpoint: &[Address], tls: &CallerTls) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(Failure::Runtime)?;
+    let tls = tls.load()?;
     for address in endpoint.iter().take(1) {
-        runtime.block_on(transport::healthcheck(&address.to_string()))?;
+        runtime.block_on(transport::healthcheck_with(
+            &address.to_string(),
+            tls.as_ref(),
+        ))?;
     }
     Ok(())
 }
@@ -137,7 +143,7 @@ mod tests {
             "--endpoint",
             "http://module:1",
         ]);
-        let Some(Command::Healthcheck { endpoint }) = cli.command else {
+        let Some(Command::Healthcheck { endpoint, .. }) = cli.command else {
             panic!("subcommand")
         };
         assert_eq!(endpoint, ["http://module:1".parse().unwrap()]);

@@ -9,6 +9,7 @@ use clap::builder::TypedValueParser as _;
 use tdx_module::Release;
 use transport::Address;
 
+use crate::access::Access;
 use crate::platform::PlatformFlags;
 
 /// Where the service listens when nobody says otherwise.
@@ -22,7 +23,8 @@ const MAX_WORKERS: u64 = 64;
 /// Settings of the service.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
-    /// Address to listen at, unix:///path or http://host:port; may be given several times
+    /// Address to listen at, unix:///path, https://host:port or http://host:port; may be given
+    /// several times
     #[arg(long, value_name = "URL", env = "TDX_MODULE_LISTEN", value_delimiter = ',',
           default_value = DEFAULT_LISTEN)]
     pub listen: Vec<Address>,
@@ -44,6 +46,10 @@ pub struct Config {
     #[arg(long, env = "TDX_MODULE_ALLOW_INJECTION")]
     pub allow_injection: bool,
 
+    /// Let callers set rules by which calls fail, replies get lost, and the process aborts: the
+    /// service TdxFaultService is there. For tests of a host
+    #[arg(long, env = "TDX_MODULE_FAULT_INJECTION")]
+    pub fault_injection: bool,
     /// Threads that decode, execute and encode; long batches run beside them. One answers soonest,
     /// more serve more vCPUs at a time
     #[arg(long, value_name = "N", env = "TDX_MODULE_WORKERS", default_value_t = DEFAULT_WORKERS,
@@ -53,6 +59,10 @@ pub struct Config {
     /// Stop when standard input is closed, so that a parent process takes the service along
     #[arg(long)]
     pub stop_with_stdin: bool,
+
+    /// Who may call.
+    #[command(flatten)]
+    pub access: Access,
 
     /// The platform by flags.
     #[command(flatten)]
@@ -144,8 +154,10 @@ impl Default for Config {
             machine: PlatformFlags::default(),
             release: None,
             allow_injection: false,
+            fault_injection: false,
             workers: DEFAULT_WORKERS,
             stop_with_stdin: false,
+            access: Access::default(),
             limits: Limits::default(),
         }
     }

@@ -8,11 +8,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use tdx_defs::SeamcallResult;
+use tdx_defs::{CompletionStatus, Repeat, Seamcall, SeamcallResult};
 use tdx_module::Module;
 use tokio::sync::OwnedMutexGuard;
 
 use crate::batch::{Batch, Ticket};
+use crate::faults::{Faults, Verdict};
 use crate::metrics::{Metrics, Via};
 use crate::replay::{Session, Window};
 use crate::status::Refusal;
@@ -30,8 +31,10 @@ pub(crate) struct Meter {
 }
 
 /// Runs `batch`, or recalls its answer from `session`; `answer` makes a reply of the results.
+/// A batch that runs meets what `faults` have for it.
 pub(crate) async fn perform<R: Send + 'static>(
     module: &Arc<Module>,
+    faults: &Faults,
     meter: Meter,
     batch: Batch,
     session: Option<Session>,
@@ -49,34 +52,54 @@ pub(crate) async fn perform<R: Send + 'static>(
         }
         _ => None,
     };
-    if batch.runs <= LONG_BATCH_RUNS {
-        return Ok(run_and_record(module, &meter, &batch, replay, answer));
+    let verdict = faults.decide(&batch.calls);
+    if let Some(delay) = verdict.delay {
+        // With the lock of the session, as if the batch took so long.
+        tokio::time::sleep(delay).await;
     }
-    let module = module.clone();
-    tokio::task::spawn_blocking(move || {
-        // It is under way although the caller may be gone.
-        let _under_way = under_way;
-        run_and_record(&module, &meter, &batch, replay, answer)
-    })
-    .await
-    .map_err(|_| Refusal::ModuleFailed)
+    if verdict.abort_before {
+        std::process::abort();
+    }
+    if verdict.cut {
+        return Err(Refusal::Cut);
+    }
+    let reply = if batch.runs <= LONG_BATCH_RUNS {
+        run_and_record(module, &verdict, &meter, &batch, replay, answer)
+    } else {
+        let (module, verdict) = (module.clone(), verdict.clone());
+        tokio::task::spawn_blocking(move || {
+            // It is under way although the caller may be gone.
+            let _under_way = under_way;
+            run_and_record(&module, &verdict, &meter, &batch, replay, answer)
+        })
+        .await
+        .map_err(|_| Refusal::ModuleFailed)?
+    };
+    if verdict.lose_reply {
+        return Err(Refusal::ReplyLost);
+    }
+    Ok(reply)
 }
 
 fn run_and_record<R>(
     module: &Module,
+    verdict: &Verdict,
     meter: &Meter,
     batch: &Batch,
     replay: Option<(OwnedMutexGuard<Window>, Ticket)>,
     answer: impl FnOnce(&[SeamcallResult]) -> R,
 ) -> R {
     let started = Instant::now();
-    let results = run(module, batch);
+    let results = run(module, verdict, batch);
     meter
         .metrics
         .ran(meter.via, batch, &results, started.elapsed());
     let reply = answer(&results);
     if let Some((mut window, ticket)) = replay {
         window.record(&ticket, results);
+    }
+    if verdict.abort_after {
+        std::process::abort();
     }
     reply
 }
@@ -85,15 +108,58 @@ fn run_and_record<R>(
 ///
 /// An answer without the error bit (a range that is blocked already, say) ends the repeat that it
 /// belongs to and not the batch.
-fn run(module: &Module, batch: &Batch) -> Vec<SeamcallResult> {
+fn run(module: &Module, verdict: &Verdict, batch: &Batch) -> Vec<SeamcallResult> {
     let mut tracer = Tracer::open(batch);
+    if tracer.is_off() {
+        return module.seamcalls(batch.lp, &batch.calls, batch.stop_on_error);
+    }
     let mut results = Vec::with_capacity(batch.calls.len());
-    for call in &batch.calls {
-        let result = tracer.leaf(call, || module.seamcall(batch.lp, call));
+    for (at, call) in batch.calls.iter().enumerate() {
+        let result = tracer.leaf(call, || match verdict.instead(at) {
+            None => module.seamcall(batch.lp, call),
+            Some(instead) => {
+                let before = runs_before(call, instead.run);
+                let done = before.map(|call| module.seamcall(batch.lp, &call));
+                met(call, done, instead.run, instead.status)
+            }
+        });
         results.push(result);
         if batch.stop_on_error && result.status().is_error() {
             break;
         }
     }
     results
+}
+
+/// The first `count` runs of a call, if there are any.
+fn runs_before(call: &Seamcall, count: u32) -> Option<Seamcall> {
+    let repeat = call.repeat.filter(|_| count > 0)?;
+    Some(Seamcall {
+        repeat: Some(Repeat { count, ..repeat }),
+        ..call.clone()
+    })
+}
+
+/// The answer of a call whose run number `run` was not made, after those before it were `done`. A
+/// leaf that met a lock leaves its registers as they were, details of an entry aside.
+fn met(
+    call: &Seamcall,
+    done: Option<SeamcallResult>,
+    run: u32,
+    status: CompletionStatus,
+) -> SeamcallResult {
+    match done {
+        // It ended before the run that was to be met.
+        Some(done) if done.completed < run => done,
+        _ => SeamcallResult {
+            rax: status.0,
+            rcx: 0,
+            rdx: 0,
+            r8: call.r8,
+            r9: call.r9,
+            r10: call.r10,
+            r11: call.r11,
+            completed: run,
+        },
+    }
 }

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use crate::config::Limits;
+use crate::faults::Faults;
 use crate::running::Running;
 use crate::service::ModuleService;
 
@@ -72,7 +73,12 @@ pub fn fuzz_execute(bytes: &[u8]) {
     let Ok(running) = Running::start(platform(), &LIMITS) else {
         unreachable!("the platform above is possible");
     };
-    let service = ModuleService::new(Arc::new(running), &LIMITS, CancellationToken::new());
+    let service = ModuleService::new(
+        Arc::new(running),
+        &LIMITS,
+        Faults::default(),
+        CancellationToken::new(),
+    );
     let before = in_use(&service);
     let first = match ready(service.answer(request.clone())) {
         Ok(answer) => answer,
@@ -278,7 +284,12 @@ mod tests {
     /// Statuses of a request on the machine above.
     fn statuses(request: ExecuteRequest) -> Vec<CompletionStatus> {
         let running = Running::start(platform(), &LIMITS).unwrap();
-        let service = ModuleService::new(Arc::new(running), &LIMITS, CancellationToken::new());
+        let service = ModuleService::new(
+            Arc::new(running),
+            &LIMITS,
+            Faults::default(),
+            CancellationToken::new(),
+        );
         let answer = ready(service.answer(request)).unwrap();
         answer
             .results

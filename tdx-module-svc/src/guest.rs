@@ -17,13 +17,15 @@ use mirror_proto::module::{
 };
 use tdx_defs::Seamcall;
 use tdx_module::{Entry, GuestOp, GuestStep, LpId, Module};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::batch::MAX_SESSION_BYTES;
 use crate::config::Limits;
+use crate::replay::Window;
 use crate::running::Running;
 use crate::status::Refusal;
 
@@ -55,6 +57,8 @@ impl GuestService {
 struct Inside {
     module: Arc<Module>,
     lp: LpId,
+    /// Given back once the vCPU has left.
+    _session: Option<OwnedMutexGuard<Window>>,
 }
 
 impl Inside {
@@ -102,7 +106,8 @@ impl Player {
             let reason = "the vCPU that this stream has entered is inside";
             return Err(InvalidField::new("enter", reason).into());
         }
-        let module = Arc::clone(&self.running.now().module);
+        let run = self.running.now();
+        let module = Arc::clone(&run.module);
         let processors = module.config().logical_processors;
         if enter.lp >= processors {
             let reason = format!("{}, the platform has {processors}", enter.lp);
@@ -113,9 +118,21 @@ impl Player {
             .ok_or_else(|| InvalidField::new("enter.call", "missing"))?;
         let call = Seamcall::try_from(call).map_err(|error| error.within("enter.call"))?;
         let lp = LpId(enter.lp);
+        let session = match &*enter.session {
+            "" => None,
+            name if name.len() > MAX_SESSION_BYTES => {
+                let reason = format!("{} bytes, the limit is {MAX_SESSION_BYTES}", name.len());
+                return Err(InvalidField::new("enter.session", reason).into());
+            }
+            name => Some(run.sessions.hold(name)?),
+        };
         Ok(match module.enter_vcpu(lp, &call) {
             Entry::Entered { vmcall } => {
-                self.inside = Some(Inside { module, lp });
+                self.inside = Some(Inside {
+                    module,
+                    lp,
+                    _session: session,
+                });
                 Answer::Entered(Entered {
                     vmcall: vmcall.map(Into::into),
                 })

@@ -11,10 +11,12 @@
 //!   caller still waits.
 //! - S3  Batches of one session run one after another; a sequence number runs at most once.
 
+pub mod access;
 mod batch;
 mod cli;
 pub mod config;
 mod execute;
+mod faults;
 pub mod fuzz;
 mod guest;
 mod host;
@@ -30,6 +32,9 @@ mod trace;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mirror_proto::module::tdx_fault_service_server::{
+    SERVICE_NAME as FAULT_SERVICE_NAME, TdxFaultServiceServer,
+};
 use mirror_proto::module::tdx_guest_service_server::{
     SERVICE_NAME as GUEST_SERVICE_NAME, TdxGuestServiceServer,
 };
@@ -48,6 +53,7 @@ pub use cli::cli_main;
 pub use config::Config;
 pub use platform::{AreaFlag, FeaturesFlag, HkidRange, PlatformFileError, PlatformFlags, TdmrFlag};
 
+use faults::Faults;
 use guest::GuestService;
 use host::HostService;
 use running::Running;
@@ -85,7 +91,18 @@ pub async fn run(
 ) -> Result<(), Error> {
     let running = Arc::new(Running::start(platform::resolve(&config)?, &config.limits)?);
     let draining = CancellationToken::new();
-    let service = ModuleService::new(Arc::clone(&running), &config.limits, draining.clone());
+    let faults = if config.fault_injection {
+        tracing::warn!("calls meet faults that callers ask for");
+        Faults::enabled()
+    } else {
+        Faults::default()
+    };
+    let service = ModuleService::new(
+        Arc::clone(&running),
+        &config.limits,
+        faults.clone(),
+        draining.clone(),
+    );
     let guests = GuestService::new(Arc::clone(&running), &config.limits, draining.clone());
     let host = HostService::new(Arc::clone(&running), config.allow_injection);
     tracing::info!(instance = running.now().instance, "the module is up");
@@ -107,9 +124,14 @@ pub async fn run(
         reasons::OVERLOADED,
         status::DOMAIN,
     );
-    let web = metrics::routes(service.metrics(), Arc::clone(&running), admission.clone());
+    let web = metrics::routes(
+        service.metrics(),
+        Arc::clone(&running),
+        admission.clone(),
+        faults.clone(),
+    );
     let max_message = usize::try_from(config.limits.max_message_bytes).unwrap_or(usize::MAX);
-    let services =
+    let mut services =
         Routes::new(admission.clone().named_layer(
             TdxModuleServiceServer::new(service).max_decoding_message_size(max_message),
         ))
@@ -122,9 +144,14 @@ pub async fn run(
             TdxPlatformServiceServer::new(host).max_decoding_message_size(max_message),
         ))
         .add_service(health_service)
-        .add_service(reflection().build_v1()?)
+        .add_service(reflection(&config).build_v1()?)
         // Older clients ask the alpha version only.
-        .add_service(reflection().build_v1alpha()?);
+        .add_service(reflection(&config).build_v1alpha()?);
+    if let Some(faults) = faults.service() {
+        // Not counted among the admitted: rules are taken away while the module is overloaded, too.
+        services = services
+            .add_service(TdxFaultServiceServer::new(faults).max_decoding_message_size(max_message));
+    }
     let router = transport::server()
         // Its messages carry trace context of their own, see `trace`.
         .layer(
@@ -134,6 +161,7 @@ pub async fn run(
                 .skip(service::STREAM_PATH)
                 .skip(guest::STREAM_PATH),
         )
+        .layer(config.access.layer())
         .add_routes(transport::with_web(services, web));
 
     let drain = Duration::from_millis(config.limits.drain_ms);
@@ -145,14 +173,19 @@ pub async fn run(
     Ok(transport::serve(router, listeners, shutdown, drain).await?)
 }
 
-fn reflection() -> tonic_reflection::server::Builder<'static> {
-    tonic_reflection::server::Builder::configure()
+fn reflection(config: &Config) -> tonic_reflection::server::Builder<'static> {
+    let builder = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(mirror_proto::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .with_service_name(SERVICE_NAME)
         .with_service_name(GUEST_SERVICE_NAME)
         .with_service_name(PLATFORM_SERVICE_NAME)
-        .with_service_name("grpc.health.v1.Health")
+        .with_service_name("grpc.health.v1.Health");
+    if config.fault_injection {
+        builder.with_service_name(FAULT_SERVICE_NAME)
+    } else {
+        builder
+    }
 }
 
 /// Tells watchers that it is over, and ends their streams: the drain would wait for them.

@@ -16,6 +16,7 @@ use transport::AdmissionLayer;
 
 use crate::batch::Batch;
 use crate::config::release_name;
+use crate::faults::{Faults, Totals};
 use crate::reasons;
 use crate::running::{Run, Running};
 use crate::status::Refusal;
@@ -46,6 +47,9 @@ pub(crate) struct Metrics {
     hkids_in_use: IntGauge,
     /// Refusals of the admission layer that are in the numbers already.
     overloaded: Mutex<u64>,
+    faults_injected: IntCounterVec,
+    /// Faults that are in the numbers already.
+    known_faults: Mutex<Totals>,
 }
 
 /// A metric of a name that is well formed.
@@ -138,6 +142,12 @@ impl Metrics {
             hkids: gauge("tdx_module_hkids", "Private key ids that TDs can have."),
             hkids_in_use: gauge("tdx_module_hkids_in_use", "Private key ids of TDs."),
             overloaded: Mutex::default(),
+            faults_injected: counters(
+                "tdx_module_faults_injected_total",
+                "Faults that rules brought about, by what happened.",
+                "action",
+            ),
+            known_faults: Mutex::default(),
             info,
             registry,
         };
@@ -185,7 +195,29 @@ impl Metrics {
             .inc();
     }
 
-    fn render(&self, run: &Run, admission: &AdmissionLayer) -> String {
+    /// The engine counts by itself; only scrapes bring the two together.
+    fn count_faults(&self, faults: &Faults) {
+        let mut known = self
+            .known_faults
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: of two scrapes at a time the later one has the higher numbers.
+        let now = faults.totals();
+        for (action, now, before) in [
+            ("status", now.statuses, known.statuses),
+            ("delay", now.delays, known.delays),
+            ("lost_reply", now.lost_replies, known.lost_replies),
+            ("cut", now.cuts, known.cuts),
+        ] {
+            self.faults_injected
+                .with_label_values(&[action])
+                .inc_by(now.saturating_sub(before));
+        }
+        *known = now;
+    }
+
+    fn render(&self, run: &Run, admission: &AdmissionLayer, faults: &Faults) -> String {
+        self.count_faults(faults);
         let module = &run.module;
         // One series: that of the present run.
         self.info.reset();
@@ -232,9 +264,10 @@ pub(crate) fn routes(
     metrics: Arc<Metrics>,
     running: Arc<Running>,
     admission: AdmissionLayer,
+    faults: Faults,
 ) -> axum::Router {
     let render = async move || {
-        let text = metrics.render(&running.now(), &admission);
+        let text = metrics.render(&running.now(), &admission, &faults);
         ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text)
     };
     axum::Router::new().route("/metrics", get(render))

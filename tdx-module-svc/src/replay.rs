@@ -10,11 +10,13 @@
 //!   numbers below the window, and any number but 1 in a session that is not known (forgotten, or
 //!   of an earlier instance).
 //! - R2  A session that somebody holds is not forgotten.
+//! - R3  Of a session that was ended nothing runs any more, and no session of that name begins.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tdx_defs::SeamcallResult;
+use tokio::sync::OwnedMutexGuard;
 
 use crate::batch::Ticket;
 use crate::status::Refusal;
@@ -32,9 +34,15 @@ pub(crate) struct Sessions {
     instance: String,
 }
 
+/// Prefixes of ended sessions that are remembered. A caller that is gone has sent all that it ever
+/// will, so it is not for long that one is needed.
+const MAX_ENDED: usize = 64;
+
 #[derive(Debug, Default)]
 struct Table {
     sessions: HashMap<String, Entry>,
+    /// R3, oldest first.
+    ended: VecDeque<String>,
     /// Counts look-ups; orders `Entry::used`.
     clock: u64,
 }
@@ -65,6 +73,11 @@ impl Sessions {
             entry.used = used;
             return Ok(entry.session.clone());
         }
+        if table.has_ended(&ticket.session) {
+            return Err(Refusal::SessionEnded {
+                session: ticket.session.clone(),
+            });
+        }
         if ticket.sequence != 1 {
             return Err(Refusal::UnknownSession {
                 session: ticket.session.clone(),
@@ -85,9 +98,60 @@ impl Sessions {
         table.sessions.insert(ticket.session.clone(), entry);
         Ok(session)
     }
+
+    /// A new session that its caller holds until it is done: for something that is no batch.
+    pub(crate) fn hold(&self, name: &str) -> Result<OwnedMutexGuard<Window>, Refusal> {
+        let ticket = Ticket {
+            session: name.to_owned(),
+            sequence: 1,
+            fingerprint: 0,
+        };
+        let mut window = self
+            .open(&ticket)?
+            .try_lock_owned()
+            .map_err(|_| Refusal::SequenceReused { sequence: 1 })?;
+        if window.recall(&ticket)?.is_some() {
+            return Err(Refusal::SequenceReused { sequence: 1 });
+        }
+        // The name is used up.
+        window.record(&ticket, Vec::new());
+        Ok(window)
+    }
+
+    /// Ends every session whose name begins with `prefix`. When this returns, nothing of theirs is
+    /// in work; how many there were.
+    pub(crate) async fn end(&self, prefix: &str) -> usize {
+        let found: Vec<Session> = {
+            let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+            if !table.ended.iter().any(|ended| ended == prefix) {
+                table.ended.push_back(prefix.to_owned());
+                if table.ended.len() > MAX_ENDED {
+                    table.ended.pop_front();
+                }
+            }
+            let names = table
+                .sessions
+                .extract_if(|name, _| name.starts_with(prefix));
+            names.map(|(_, entry)| entry.session).collect()
+        };
+        for session in &found {
+            session.lock().await.has_ended = true;
+        }
+        found.len()
+    }
+
+    /// The run of the module that the sessions belong to.
+    pub(crate) fn instance(&self) -> &str {
+        &self.instance
+    }
 }
 
 impl Table {
+    /// R3.
+    fn has_ended(&self, name: &str) -> bool {
+        self.ended.iter().any(|prefix| name.starts_with(&**prefix))
+    }
+
     /// Forgets the least recently used session that nobody holds.
     fn forget_one(&mut self) -> Option<()> {
         let (oldest, _) = self
@@ -108,6 +172,8 @@ pub(crate) struct Window {
     size: u64,
     /// Highest number that ran.
     highest: u64,
+    /// R3.
+    has_ended: bool,
     answers: BTreeMap<u64, Answer>,
 }
 
@@ -122,6 +188,7 @@ impl Window {
         Self {
             size,
             highest: 0,
+            has_ended: false,
             answers: BTreeMap::new(),
         }
     }
@@ -134,6 +201,11 @@ impl Window {
     /// The recorded answer, or `None` for a number that has not run.
     pub(crate) fn recall(&self, ticket: &Ticket) -> Result<Option<&[SeamcallResult]>, Refusal> {
         let sequence = ticket.sequence;
+        if self.has_ended {
+            return Err(Refusal::SessionEnded {
+                session: ticket.session.clone(),
+            });
+        }
         if sequence < self.lowest() {
             return Err(Refusal::BelowWindow {
                 sequence,
@@ -231,6 +303,54 @@ mod tests {
             window.recall(&other),
             Err(Refusal::SequenceReused { sequence: 1 })
         );
+    }
+
+    #[tokio::test]
+    async fn an_ended_session_is_waited_for_and_runs_nothing_more() {
+        let sessions = Arc::new(Sessions::new(8, 4, "instance".into()));
+        let (mine, others) = (ticket("gone-s0", 1), ticket("here-s0", 1));
+        let session = sessions.open(&mine).unwrap();
+        let window = session.clone().lock_owned().await;
+        let inside = sessions.hold("gone-g0").unwrap();
+        assert!(sessions.hold("gone-g0").is_err(), "one at a time");
+        let ending = {
+            let sessions = Arc::clone(&sessions);
+            async move { sessions.end("gone-").await }
+        };
+        let mut ending = by_hand(ending);
+        assert!(!ending.poll(), "a batch is in work, a vCPU is inside");
+        drop(window);
+        assert!(!ending.poll());
+        drop(inside);
+        while !ending.poll() {}
+        // Whoever kept it, and whoever comes late.
+        let refusal = session
+            .lock()
+            .await
+            .recall(&ticket("gone-s0", 2))
+            .unwrap_err();
+        assert!(matches!(refusal, Refusal::SessionEnded { .. }), "{refusal}");
+        for late in ["gone-s0", "gone-s1", "gone-g1"] {
+            assert!(sessions.open(&ticket(late, 1)).is_err(), "{late}");
+            assert!(sessions.hold(late).is_err(), "{late}");
+        }
+        assert!(sessions.open(&others).is_ok());
+    }
+
+    /// A future that is polled by hand.
+    struct Polled<T>(std::pin::Pin<Box<dyn Future<Output = T>>>, bool);
+
+    fn by_hand<T: 'static>(future: impl Future<Output = T> + 'static) -> Polled<T> {
+        Polled(Box::pin(future), false)
+    }
+
+    impl<T> Polled<T> {
+        /// Whether it is done.
+        fn poll(&mut self) -> bool {
+            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+            self.1 = self.1 || self.0.as_mut().poll(&mut context).is_ready();
+            self.1
+        }
     }
 
     #[test]

@@ -3,9 +3,11 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
+use mirror_proto::InvalidField;
 use mirror_proto::module::tdx_module_service_server::TdxModuleService;
 use mirror_proto::module::{
-    ExecuteRequest, ExecuteResponse, GetPlatformRequest, GetPlatformResponse,
+    EndSessionsRequest, EndSessionsResponse, ExecuteRequest, ExecuteResponse, GetPlatformRequest,
+    GetPlatformResponse,
 };
 use tdx_defs::SeamcallResult;
 use telemetry::watch::Watch;
@@ -15,9 +17,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::batch::{Batch, Bounds, Ticket};
+use crate::batch::{Batch, Bounds, MAX_SESSION_BYTES, Ticket};
 use crate::config::Limits;
 use crate::execute::{self, Meter};
+use crate::faults::Faults;
 use crate::metrics::{Metrics, Via};
 use crate::platform;
 use crate::replay::Session;
@@ -26,6 +29,9 @@ use crate::status::Refusal;
 
 /// Path of the data path's method.
 pub(crate) const STREAM_PATH: &str = "/tdx.module.v1.TdxModuleService/ExecuteStream";
+
+/// Length of a prefix of sessions: none that could be anybody's.
+const PREFIX_BYTES: std::ops::RangeInclusive<usize> = 8..=MAX_SESSION_BYTES;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -39,6 +45,7 @@ struct Shared {
     limits: Limits,
     bounds: Bounds,
     metrics: Arc<Metrics>,
+    faults: Faults,
     draining: CancellationToken,
 }
 
@@ -46,8 +53,13 @@ struct Shared {
 type Held = Option<(Arc<Run>, String, Session)>;
 
 impl ModuleService {
-    /// Serves what is `running`; streams end when `draining` is cancelled.
-    pub(crate) fn new(running: Arc<Running>, limits: &Limits, draining: CancellationToken) -> Self {
+    /// Serves what is `running`; streams end when `draining` is cancelled. Calls meet `faults`.
+    pub(crate) fn new(
+        running: Arc<Running>,
+        limits: &Limits,
+        faults: Faults,
+        draining: CancellationToken,
+    ) -> Self {
         let bounds = Bounds {
             calls: limits.max_calls,
             runs: limits.max_repeat,
@@ -60,6 +72,7 @@ impl ModuleService {
                 limits: limits.clone(),
                 bounds,
                 metrics,
+                faults,
                 draining,
             }),
         }
@@ -123,6 +136,7 @@ impl Shared {
         };
         let mut response = execute::perform(
             &run.module,
+            &self.faults,
             meter,
             batch,
             session,
@@ -215,6 +229,24 @@ impl TdxModuleService for ModuleService {
                 .serve_stream(request.into_inner(), sender),
         );
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    async fn end_sessions(
+        &self,
+        request: Request<EndSessionsRequest>,
+    ) -> Result<Response<EndSessionsResponse>, Status> {
+        let prefix = request.into_inner().prefix;
+        if !PREFIX_BYTES.contains(&prefix.len()) {
+            let (least, most) = (PREFIX_BYTES.start(), PREFIX_BYTES.end());
+            let reason = format!("{} bytes, allowed are {least} to {most}", prefix.len());
+            return Err(Refusal::from(InvalidField::new("prefix", reason)).into());
+        }
+        let run = self.shared.running.now();
+        let ended = run.sessions.end(&prefix).await;
+        Ok(Response::new(EndSessionsResponse {
+            sessions: u32::try_from(ended).unwrap_or(u32::MAX),
+            instance: run.sessions.instance().to_owned(),
+        }))
     }
 
     async fn get_platform(

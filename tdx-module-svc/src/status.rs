@@ -2,7 +2,7 @@
 //!
 //! The reasons and their codes are those of [`reasons`], which `docs/errors.md` shows.
 //!
-//! Apart from MODULE_FAILED nothing has run. More requests than the limit are refused before they
+//! Apart from MODULE_FAILED and a lost reply nothing has run. More requests than the limit are refused before they
 //! come here, by `transport::Admission`.
 
 use std::collections::HashMap;
@@ -39,6 +39,12 @@ pub(crate) enum Refusal {
         /// The instance that does not know it.
         instance: String,
     },
+    /// Somebody ended the session.
+    #[error("session {session:?} was ended")]
+    SessionEnded {
+        /// Name of the session.
+        session: String,
+    },
     /// The answer may have been there once.
     #[error("sequence {sequence} is below the replay window, the lowest is {lowest}")]
     BelowWindow {
@@ -68,6 +74,12 @@ pub(crate) enum Refusal {
     /// The lock is held by somebody else, or there is no such object, or it was not held.
     #[error("lock: not there, not free, or not held by such a request")]
     LockNotFree,
+    /// A fault rule ended the stream before the batch ran.
+    #[error("a fault rule cut the connection, the batch has not run")]
+    Cut,
+    /// A fault rule took the answer of a batch that ran.
+    #[error("a fault rule lost the reply")]
+    ReplyLost,
     /// A call ended in a panic: the state of the module is not known.
     #[error("the module failed in the middle of a batch")]
     ModuleFailed,
@@ -78,13 +90,14 @@ impl Refusal {
     pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::Field(_) => reasons::INVALID_FIELD,
-            Self::UnknownSession { .. } => reasons::UNKNOWN_SESSION,
+            Self::UnknownSession { .. } | Self::SessionEnded { .. } => reasons::UNKNOWN_SESSION,
             Self::BelowWindow { .. } => reasons::BELOW_REPLAY_WINDOW,
             Self::SequenceReused { .. } => reasons::SEQUENCE_REUSED,
             Self::TooManySessions { .. } => reasons::SESSIONS_IN_USE,
             Self::Draining => reasons::DRAINING,
             Self::InjectionOff => reasons::INJECTION_OFF,
             Self::LockNotFree => reasons::LOCK_NOT_FREE,
+            Self::Cut | Self::ReplyLost => reasons::INJECTED_FAULT,
             Self::ModuleFailed => reasons::MODULE_FAILED,
         }
     }
@@ -106,6 +119,9 @@ impl From<Refusal> for Status {
                 metadata.insert("session".to_owned(), session);
                 metadata.insert("instance".to_owned(), instance);
             }
+            Refusal::SessionEnded { session } => {
+                metadata.insert("session".to_owned(), session);
+            }
             Refusal::BelowWindow { lowest, .. } => {
                 metadata.insert("lowest".to_owned(), lowest.to_string());
             }
@@ -116,6 +132,8 @@ impl From<Refusal> for Status {
             | Refusal::Draining
             | Refusal::InjectionOff
             | Refusal::LockNotFree
+            | Refusal::Cut
+            | Refusal::ReplyLost
             | Refusal::ModuleFailed => {}
         }
         details.set_error_info(reason.word, DOMAIN, metadata);
@@ -162,6 +180,8 @@ mod tests {
                 "SEQUENCE_REUSED",
             ),
             (Refusal::Draining, Code::Unavailable, "DRAINING"),
+            (Refusal::Cut, Code::Unavailable, "INJECTED_FAULT"),
+            (Refusal::ReplyLost, Code::Unavailable, "INJECTED_FAULT"),
             (Refusal::ModuleFailed, Code::Internal, "MODULE_FAILED"),
         ] {
             let message = refusal.to_string();

@@ -61,6 +61,11 @@ impl Tracer {
         }
     }
 
+    /// Whether no leaf gets a span.
+    pub(crate) fn is_off(&self) -> bool {
+        !self.leaves
+    }
+
     /// Runs one call, in a span unless it is one of many.
     pub(crate) fn leaf(
         &mut self,

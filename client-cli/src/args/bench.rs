@@ -1,5 +1,7 @@
 //! `bench`.
 
+use std::path::PathBuf;
+
 use clap::Args;
 
 use super::number::number;
@@ -20,6 +22,9 @@ pub struct BenchArgs {
     /// Repeats before them that do not
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(..=1000))]
     pub warm_up: u32,
+    /// Draws the figures of `growth` into an SVG file
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
 }
 
 impl BenchArgs {

@@ -3,9 +3,12 @@
 //! Command names, and the keys of `--output json`, are an interface for scripts.
 
 mod bench;
+mod certs;
+mod chaos;
 mod compare;
 mod conformance;
 mod guest;
+mod inject;
 mod measure;
 mod memory;
 mod number;
@@ -16,15 +19,19 @@ mod seamcall;
 mod tables;
 mod vm;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mirror_proto::mmu::Mode;
 
 pub use bench::BenchArgs;
+pub use certs::CertsArgs;
+pub use chaos::{ChaosCommand, ChaosRunArgs, ChaosSoakArgs};
 pub use compare::CompareArgs;
 pub use conformance::ConformanceArgs;
 pub use guest::{GuestArgs, GuestWord, GuestWordError};
+pub use inject::{AbortArg, InjectCommand, InjectSetArgs};
 pub use measure::{MeasureArgs, MeasureOrder};
 pub use memory::{
     ConvertArgs, FaultArgs, HostPageSizeArg, PrefaultArgs, PunchHoleArgs, SlotCommand,
@@ -63,12 +70,27 @@ pub struct Cli {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Globals {
-    /// The MMU service: http://host:port or unix:///path
+    /// The MMU service: unix:///path, https://host:port or http://host:port
     #[arg(long, global = true, env = "MMUCTL_MMU", value_name = "URL", value_parser = url)]
     pub mmu: Option<String>,
-    /// The TDX module: http://host:port or unix:///path
+    /// The TDX module: unix:///path, https://host:port or http://host:port
     #[arg(long, global = true, env = "MMUCTL_MODULE", value_name = "URL", value_parser = url)]
     pub module: Option<String>,
+    /// Authority of the services' certificates, PEM, for https:// URLs
+    #[arg(long, global = true, env = "MMUCTL_TLS_CA", value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+    /// Certificate to show to them, PEM; it says which roles the caller holds
+    #[arg(long, global = true, env = "MMUCTL_TLS_CERT", value_name = "FILE", requires_all = ["tls_ca", "tls_key"])]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key
+    #[arg(
+        long,
+        global = true,
+        env = "MMUCTL_TLS_KEY",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    pub tls_key: Option<PathBuf>,
     /// Start both services for this one command, on private sockets; goes before --mmu and
     /// --module. The default of demo, measure and replay when no URL is given
     #[arg(long, global = true)]
@@ -175,6 +197,12 @@ pub enum Command {
     /// Scenarios and races of the past by name: list them, or run some
     #[command(subcommand)]
     Scenario(ScenarioCommand),
+    /// Seeded workload and faults on services of its own: kills, cuts, busy answers; then audits
+    #[command(subcommand)]
+    Chaos(ChaosCommand),
+    /// Rules by which the module's calls meet faults (a module with --fault-injection)
+    #[command(subcommand)]
+    Inject(InjectCommand),
     /// MRTD of a firmware image: build a TD from its TDX metadata through both services
     Measure(MeasureArgs),
     /// Measure what the system costs, each figure beside its floor from the same run
@@ -199,6 +227,8 @@ pub enum Command {
     Seamcall(SeamcallArgs),
     /// What a completion status (RAX) says, and what a host does about it
     Explain(ExplainArgs),
+    /// Make certificates for development: an authority, both services, and a caller for each role
+    Certs(CertsArgs),
     /// Completion script for a shell
     Completions {
         /// The shell
@@ -241,12 +271,15 @@ impl Command {
             | Self::Compare(_)
             | Self::Conformance(_)
             | Self::Bench(_)
+            | Self::Chaos(_)
+            | Self::Inject(_)
             | Self::Walk(_)
             | Self::Tree(_)
             | Self::Audit { .. }
             | Self::Stats { .. }
             | Self::Explain(_)
             | Self::Scenario(_)
+            | Self::Certs(_)
             | Self::Completions { .. }
             | Self::Man => return None,
         })

@@ -129,7 +129,7 @@ impl FromStr for PrivateMemory {
     }
 }
 
-fn range(text: &str) -> Result<AddressRange, PrivateError> {
+pub(super) fn range(text: &str) -> Result<AddressRange, PrivateError> {
     let given = || text.to_owned();
     let (start, end) = text
         .split_once('-')

@@ -78,9 +78,9 @@ fn wrong_lines_are_usage_errors_that_name_the_argument() {
         ("vm list --timeout 0", "outside the limits"),
         (
             "vm list --mmu localhost:1",
-            "neither unix:///path nor http://host:port",
+            "none of unix:///path, http://host:port and https://host:port",
         ),
-        ("vm list --mmu https://h:1", "TLS"),
+        ("vm list --mmu https://h", "https://host:port"),
         ("vm list --output yaml", "yaml"),
     ] {
         let error = parse(line).unwrap_err();

@@ -19,6 +19,8 @@ pub struct Figure {
     /// Messages to the module, where they are counted.
     rpcs: Option<u64>,
     more: Map<String, Value>,
+    /// Said below the table.
+    notes: Vec<String>,
 }
 
 /// Nanoseconds for each of `ops`.
@@ -57,6 +59,7 @@ impl Figure {
             floor_ns_per_op: median(samples.iter().map(|sample| sample.1)),
             rpcs: None,
             more: Map::new(),
+            notes: Vec::new(),
         }
     }
 
@@ -81,6 +84,23 @@ impl Figure {
     pub(super) fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
         self.more.insert(name.to_owned(), value.into());
         self
+    }
+
+    /// A sentence below the table.
+    pub(super) fn note(mut self, note: String) -> Self {
+        self.notes.push(note);
+        self
+    }
+
+    /// What is measured.
+    pub(super) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Operations, and nanoseconds each of figure and floor.
+    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+    pub(super) fn point(&self) -> (f64, [f64; 2]) {
+        (self.ops as f64, [self.ns_per_op, self.floor_ns_per_op])
     }
 
     /// The figure in units of its floor.
@@ -133,7 +153,12 @@ impl Figure {
                     .map_or_else(String::new, |rpcs| rpcs.to_string()),
             ]);
         }
-        table.to_string()
+        let mut text = table.to_string();
+        for note in figures.iter().flat_map(|figure| &figure.notes) {
+            text.push('\n');
+            text.push_str(note);
+        }
+        text
     }
 }
 

@@ -19,14 +19,9 @@ struct Direct(Arc<Module>);
 
 impl SeamPort for Direct {
     fn submit(&self, batch: Batch) -> Ticket {
-        let mut results = Vec::with_capacity(batch.calls.len());
-        for call in &batch.calls {
-            let result = self.0.seamcall(LpId(batch.lp), call);
-            results.push(result);
-            if batch.stop_on_error && result.status().is_error() {
-                break;
-            }
-        }
+        let results = self
+            .0
+            .seamcalls(LpId(batch.lp), &batch.calls, batch.stop_on_error);
         Ticket::ready(Ok(results))
     }
 }

@@ -7,14 +7,21 @@
 //! |---|---|
 //! | `in_process` | both libraries in this process: the floor of everything that crosses a wire |
 //! | `remote` | VMs behind the two services |
+//! | `memory` | what a page costs in both processes |
+//! | `plot` | figures as a drawing |
 //! | `figure` | medians, ratios, and how they are told |
 //! | the others | one benchmark each |
 
 mod build;
 mod fault;
 mod figure;
+mod growth;
 mod hit;
 mod in_process;
+mod life;
+mod memory;
+mod overload;
+mod plot;
 mod ranges;
 mod raw;
 mod remote;
@@ -25,10 +32,14 @@ mod trace;
 use std::time::{Duration, Instant};
 
 pub use figure::Figure;
+pub use overload::OPTIONS as OVERLOAD_OPTIONS;
+pub use plot::plot;
 
 use crate::client::Client;
 use crate::error::Error;
+use crate::local::ProcessMemory;
 use crate::progress::Progress;
+use crate::session::Session;
 
 /// Which benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -41,12 +52,18 @@ pub enum Name {
     Populate,
     /// Faults in random order through the fault stream, beside both libraries in one process
     Scatter,
+    /// One TD populated, audited, converted and destroyed: for sizes up to a terabyte
+    Life,
+    /// What a page costs in TDs from 2 MiB to --size, time and memory
+    Growth,
     /// Conversion of a populated range to shared, beside its population
     Convert,
     /// A measured image, beside hashing the same bytes
     Build,
     /// Two vCPUs beside one: disjoint regions, one region, one page
     Scale,
+    /// Calls with ten times the clients that are admitted, beside as many as are
+    Overload,
     /// What tracing costs: faults through the closed gate, and populating with spans of every message
     Trace,
     /// The floors by themselves
@@ -92,17 +109,29 @@ impl Plan {
 /// Where the module listens, for benchmarks that have a link of their own.
 pub type ModuleUrl<'a> = &'a str;
 
-/// Runs one benchmark.
-pub async fn run(client: &Client, module: ModuleUrl<'_>, plan: Plan) -> Result<Vec<Figure>, Error> {
+/// Resident memory of both processes, if they belong to this command.
+pub type Memory<'a> = &'a dyn Fn() -> Option<ProcessMemory>;
+
+/// Runs one benchmark on the services of a session.
+pub async fn run(
+    session: &Session,
+    client: &Client,
+    memory: Memory<'_>,
+    plan: Plan,
+) -> Result<Vec<Figure>, Error> {
+    let module = session.module_url();
     let progress = Progress::new("repeats", u64::from(plan.warm_up + plan.repeats));
     match plan.name {
         Name::Hit => hit::run(plan, &progress).await,
         Name::Fault => fault::run(module, plan, &progress).await,
-        Name::Populate => ranges::populate(client, plan, &progress).await,
+        Name::Populate => ranges::populate(client, memory, plan, &progress).await,
+        Name::Life => life::run(client, memory, plan, &progress).await,
+        Name::Growth => growth::run(client, memory, plan, &progress).await,
         Name::Scatter => scatter::run(client, plan, &progress).await,
         Name::Convert => ranges::convert(client, plan, &progress).await,
         Name::Build => build::run(client, plan, &progress).await,
         Name::Scale => scale::run(plan, &progress).await,
+        Name::Overload => overload::run(session, client, plan, &progress).await,
         Name::Trace => trace::run(client, plan, &progress).await,
         Name::Raw => raw::run(module, plan, &progress).await,
     }

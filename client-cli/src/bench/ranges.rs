@@ -7,14 +7,15 @@ use tdx_defs::PAGE_SIZE;
 
 use super::figure::{Figure, median, ns_per_op};
 use super::in_process::{Pair, bench_error};
-use super::{Plan, remote, timed};
+use super::memory::Footprint;
+use super::{Memory, Plan, remote, timed};
 use crate::args::Visibility;
 use crate::client::Client;
 use crate::error::Error;
 use crate::progress::Progress;
 use crate::tally::Tally;
 
-const GIB: u64 = 1 << 30;
+pub(super) const GIB: u64 = 1 << 30;
 /// Mode `kernel` makes a call a page: a part of the range is enough to know what one costs.
 const KERNEL_SIZE: u64 = 4 << 20;
 
@@ -22,20 +23,35 @@ const KERNEL_SIZE: u64 = 4 << 20;
 /// `kernel`.
 pub(super) async fn populate(
     client: &Client,
+    memory: Memory<'_>,
     plan: Plan,
     progress: &Progress,
 ) -> Result<Vec<Figure>, Error> {
     let size = plan.size(GIB);
     let pages = size / PAGE_SIZE;
     let mut tally = Tally::default();
+    let mut footprint = None;
+    // Buffers of the connections are no part of what a page costs.
+    remote::with_td(client, Mode::Batched, KERNEL_SIZE, true, async |vm| {
+        remote::prefault(client, vm, KERNEL_SIZE).await
+    })
+    .await?;
     let samples = plan
         .repeat(progress, async || {
+            let mut while_there = None;
             let batched = remote::with_td(client, Mode::Batched, size, true, async |vm| {
+                let empty = memory();
                 let start = Instant::now();
                 tally = remote::prefault(client, vm, size).await?;
-                Ok(start.elapsed())
+                let took = start.elapsed();
+                while_there = empty.zip(memory());
+                Ok(took)
             })
             .await?;
+            if footprint.is_none() {
+                let around = while_there.zip(memory());
+                footprint = around.map(|((empty, full), gone)| Footprint { empty, full, gone });
+            }
             let kernel_size = KERNEL_SIZE.min(size);
             let kernel = remote::with_td(client, Mode::Kernel, kernel_size, true, async |vm| {
                 let start = Instant::now();
@@ -60,13 +76,18 @@ pub(super) async fn populate(
         .map(|&[batched, _, kernel]| (kernel, batched))
         .collect();
     let names = ("populate a page", "both libraries in one process");
-    let figure = Figure::new(names, pages, &batched).counts(&tally);
+    let mut figure = Figure::new(names, pages, &batched).counts(&tally);
+    if let Some(footprint) = footprint {
+        figure = figure
+            .with("memory", footprint.to_json(pages))
+            .note(footprint.to_text(pages));
+    }
     let names = ("populate a page in mode kernel", "populate a page");
     let against = Figure::new(names, KERNEL_SIZE.min(size) / PAGE_SIZE, &kernel);
     Ok(vec![figure, against])
 }
 
-fn populate_here(size: u64) -> Result<f64, Error> {
+pub(super) fn populate_here(size: u64) -> Result<f64, Error> {
     let pair = Pair::new()?;
     let vm = pair.vm(1, size)?;
     let (done, time) = timed(|| vm.pre_fault_memory(0, 0, size, &mut |_| {}));

@@ -1,8 +1,8 @@
 //! VMs behind the two services.
 
 use mirror_proto::mmu::{
-    CreateVcpuRequest, FinalizeVmRequest, Mode, PreFaultMemoryRequest, SetMemoryAttributesRequest,
-    SetUserMemoryRegionRequest, Slot,
+    CreateVcpuRequest, CreateVmRequest, FinalizeVmRequest, Mode, PreFaultMemoryRequest,
+    SetMemoryAttributesRequest, SetUserMemoryRegionRequest, Slot,
 };
 
 use crate::args::Visibility;
@@ -26,37 +26,61 @@ pub(super) async fn with_td<T>(
         label: "bench",
     };
     with_vm(client, spec, 1, async |vm_id| {
-        let vcpu = CreateVcpuRequest {
-            vm_id,
-            create_only: false,
-        };
-        client
-            .short("CreateVcpu", vcpu, async |mut mmu, request| {
-                mmu.create_vcpu(request).await
-            })
-            .await?;
-        let slot = Slot {
-            size,
-            userspace_addr: 0x7F00_0000_0000,
-            guest_memfd: true,
-            ..Slot::default()
-        };
-        let region = SetUserMemoryRegionRequest {
-            vm_id,
-            slot: Some(slot),
-        };
-        client
-            .short("SetUserMemoryRegion", region, async |mut mmu, request| {
-                mmu.set_user_memory_region(request).await
-            })
-            .await?;
-        convert(client, vm_id, size, Visibility::Private).await?;
+        furnish(client, vm_id, size).await?;
         if ready {
             finalize(client, vm_id).await?;
         }
         work(vm_id).await
     })
     .await
+}
+
+/// A running TD whose memory is populated, for services that go with the command.
+pub(super) async fn populated_td(client: &Client, size: u64) -> Result<u64, Error> {
+    let message = CreateVmRequest {
+        max_vcpus: 1,
+        label: "bench".to_owned(),
+        ..CreateVmRequest::default()
+    };
+    let created = client
+        .short("CreateVm", message, async |mut mmu, request| {
+            mmu.create_vm(request).await
+        })
+        .await?;
+    furnish(client, created.vm_id, size).await?;
+    finalize(client, created.vm_id).await?;
+    prefault(client, created.vm_id, size).await?;
+    Ok(created.vm_id)
+}
+
+/// One vCPU and private memory.
+async fn furnish(client: &Client, vm_id: u64, size: u64) -> Result<(), Error> {
+    let vcpu = CreateVcpuRequest {
+        vm_id,
+        create_only: false,
+    };
+    client
+        .short("CreateVcpu", vcpu, async |mut mmu, request| {
+            mmu.create_vcpu(request).await
+        })
+        .await?;
+    let slot = Slot {
+        size,
+        userspace_addr: 0x7F00_0000_0000,
+        guest_memfd: true,
+        ..Slot::default()
+    };
+    let region = SetUserMemoryRegionRequest {
+        vm_id,
+        slot: Some(slot),
+    };
+    client
+        .short("SetUserMemoryRegion", region, async |mut mmu, request| {
+            mmu.set_user_memory_region(request).await
+        })
+        .await?;
+    convert(client, vm_id, size, Visibility::Private).await?;
+    Ok(())
 }
 
 /// KVM_TDX_FINALIZE_VM.

@@ -1,8 +1,7 @@
 //! `scale`: two vCPUs beside one, both libraries in this process.
 
-use std::ops::Range;
 use std::sync::Barrier;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tdp_mmu::{Fault, Vm};
 use tdx_defs::{Leaf, PAGE_SIZE};
@@ -27,6 +26,47 @@ enum Share {
     Same,
 }
 
+/// What one vCPU does, in order.
+type Batches = Vec<Vec<Fault>>;
+
+impl Share {
+    /// The batches of two vCPUs.
+    fn of_two(self, pages: u64) -> [Batches; 2] {
+        match self {
+            Self::Disjoint => [batches(0..pages / 2), batches(pages / 2..pages)],
+            Self::Interleaved => [
+                batches((0..pages).step_by(2)),
+                batches((1..pages).step_by(2)),
+            ],
+            Self::Same => [batches(0..pages), batches(0..pages)],
+        }
+    }
+
+    /// The same batches for one vCPU, in the order in which two of equal speed would do them.
+    /// What both would do it does once.
+    fn of_one(self, pages: u64) -> Batches {
+        let [first, second] = self.of_two(pages);
+        match self {
+            Self::Disjoint => first.into_iter().chain(second).collect(),
+            Self::Interleaved => std::iter::zip(first, second)
+                .flat_map(|(one, other)| [one, other])
+                .collect(),
+            Self::Same => first,
+        }
+    }
+}
+
+fn batches(frames: impl Iterator<Item = u64>) -> Batches {
+    let faults: Vec<Fault> = frames
+        .map(|frame| Fault {
+            gpa: frame * PAGE_SIZE,
+            qualification: 2,
+            ..Fault::default()
+        })
+        .collect();
+    faults.chunks(BATCH).map(<[Fault]>::to_vec).collect()
+}
+
 pub(super) async fn run(plan: Plan, progress: &Progress) -> Result<Vec<Figure>, Error> {
     let size = plan.size(256 << 20);
     let pages = size / PAGE_SIZE;
@@ -40,9 +80,8 @@ pub(super) async fn run(plan: Plan, progress: &Progress) -> Result<Vec<Figure>, 
         let samples = plan
             .repeat(progress, async || {
                 tokio::task::block_in_place(|| {
-                    let (one, _) = sample(size, std::slice::from_ref(&(0..pages)), share)?;
-                    let halves = [0..pages / 2, pages / 2..pages];
-                    let (two, made) = sample(size, &halves, share)?;
+                    let (one, _) = sample(size, &[share.of_one(pages)])?;
+                    let (two, made) = sample(size, &share.of_two(pages))?;
                     augs = made;
                     Ok((ns_per_op(one, pages), ns_per_op(two, pages)))
                 })
@@ -55,31 +94,18 @@ pub(super) async fn run(plan: Plan, progress: &Progress) -> Result<Vec<Figure>, 
 }
 
 /// How long it takes until all pages are mapped, and how many TDH.MEM.PAGE.AUG were made.
-fn sample(
-    size: u64,
-    halves: &[Range<u64>],
-    share: Share,
-) -> Result<(std::time::Duration, u64), Error> {
+fn sample(size: u64, vcpus: &[Batches]) -> Result<(Duration, u64), Error> {
     let pair = Pair::new()?;
-    let vcpus = u16::try_from(halves.len()).unwrap_or(1);
-    let vm = pair.vm(vcpus, size)?;
-    let pages = size / PAGE_SIZE;
-    let start = Barrier::new(halves.len() + 1);
+    let vm = pair.vm(u16::try_from(vcpus.len()).unwrap_or(1), size)?;
+    let start = Barrier::new(vcpus.len() + 1);
     let times = std::thread::scope(|scope| {
-        let threads: Vec<_> = halves
-            .iter()
-            .cloned()
-            .zip(0u32..)
-            .map(|(half, vcpu)| {
-                let frames: Vec<u64> = match (share, halves.len()) {
-                    (_, 1) | (Share::Same, _) => (0..pages).collect(),
-                    (Share::Disjoint, _) => half.collect(),
-                    (Share::Interleaved, _) => (u64::from(vcpu)..pages).step_by(2).collect(),
-                };
+        let threads: Vec<_> = (0u32..)
+            .zip(vcpus)
+            .map(|(vcpu, batches)| {
                 let (vm, start) = (&vm, &start);
                 scope.spawn(move || {
                     start.wait();
-                    fault(vm, vcpu, &frames)
+                    fault(vm, vcpu, batches)
                 })
             })
             .collect();
@@ -96,17 +122,34 @@ fn sample(
     Ok((times, augs))
 }
 
-fn fault(vm: &Vm, vcpu: u32, frames: &[u64]) -> Result<(), Error> {
-    for batch in frames.chunks(BATCH) {
-        let faults: Vec<Fault> = batch
-            .iter()
-            .map(|frame| Fault {
-                gpa: frame * PAGE_SIZE,
-                qualification: 2,
-                ..Fault::default()
-            })
-            .collect();
-        vm.handle_faults(vcpu, &faults).map_err(bench_error)?;
+fn fault(vm: &Vm, vcpu: u32, batches: &Batches) -> Result<(), Error> {
+    for batch in batches {
+        vm.handle_faults(vcpu, batch).map_err(bench_error)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_vcpu_does_what_two_share() {
+        let frames = |batches: &Batches| -> Vec<u64> {
+            let faults = batches.iter().flatten();
+            faults.map(|fault| fault.gpa / PAGE_SIZE).collect()
+        };
+        for share in [Share::Disjoint, Share::Interleaved, Share::Same] {
+            let one = share.of_one(512);
+            let mut all = frames(&one);
+            assert_eq!(all.len(), 512, "{share:?}");
+            all.sort_unstable();
+            assert!(all.into_iter().eq(0..512), "{share:?}");
+            assert!(one.iter().all(|batch| batch.len() == BATCH));
+        }
+        let [even, odd] = Share::Interleaved.of_two(512);
+        assert!(frames(&even).iter().all(|frame| frame % 2 == 0));
+        assert!(frames(&odd).iter().all(|frame| frame % 2 == 1));
+        assert_eq!(Share::Interleaved.of_one(512)[1], odd[0]);
+    }
 }

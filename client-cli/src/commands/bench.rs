@@ -26,13 +26,31 @@ pub(super) async fn run(
             "--size: {size:#x} is not a multiple of 2 MiB up to 1 TiB"
         )));
     }
+    if args.plot.is_some() && args.name != Name::Growth {
+        let reason = "--plot draws what bench growth measures";
+        return Err(Error::Usage(reason.to_owned()));
+    }
     // The benchmark's own host would hand out memory that another one has handed out already.
     if args.name == Name::Fault && !session.is_local() {
         let reason = "bench fault needs a module that nobody else uses: leave the URLs out";
         return Err(Error::Usage(reason.to_owned()));
     }
-    let figures = bench::run(client, session.module_url(), args.plan()).await?;
-    let memory = session.memory();
+    // With the places of another service's configuration the figures would say nothing.
+    if args.name == Name::Overload && !session.is_local() {
+        let reason = "bench overload needs services with few places: leave the URLs out";
+        return Err(Error::Usage(reason.to_owned()));
+    }
+    let memory = || session.memory();
+    let figures = bench::run(session, client, &memory, args.plan()).await?;
+    if let Some(path) = &args.plot {
+        let lines = ["populate, ns a page", "conversion to shared, ns a page"];
+        let drawing = bench::plot("What a page costs in TDs of growing size", lines, &figures);
+        std::fs::write(path, drawing).map_err(|source| Error::Plot {
+            file: path.clone(),
+            source,
+        })?;
+    }
+    let memory = memory();
     let list: Vec<Value> = figures
         .iter()
         .map(|figure| figure.to_json(memory))

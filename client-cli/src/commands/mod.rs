@@ -1,6 +1,8 @@
 //! One file for each group of commands: ask the services, make an [`Answer`].
 
 mod bench;
+mod certs;
+mod chaos;
 mod compare;
 mod conformance;
 mod demo;
@@ -9,6 +11,7 @@ mod explain;
 mod fault;
 mod generate;
 mod guest;
+mod inject;
 mod look;
 mod measure;
 mod ranges;
@@ -24,6 +27,7 @@ use crate::error::Error;
 use crate::output::Answer;
 use crate::session::Session;
 
+pub(crate) use certs::run as certs;
 pub(crate) use explain::run as explain;
 pub(crate) use generate::{completions, manual};
 pub(crate) use scenario::run as scenario;
@@ -35,6 +39,12 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
     }
     if let Command::Conformance(args) = command {
         return conformance::run(session, args).await;
+    }
+    if let Command::Chaos(command) = command {
+        return chaos::run(session, command).await;
+    }
+    if let Command::Inject(command) = command {
+        return inject::run(session, command).await;
     }
     if let Command::Events(args) = command {
         return events::run(session, args).await;
@@ -66,7 +76,10 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Stats { vm } => look::stats(client, *vm).await,
         Command::Seamcall(args) => seamcall::run(session, args).await,
         Command::Conformance(args) => conformance::run(session, args).await,
+        Command::Chaos(command) => chaos::run(session, command).await,
+        Command::Inject(command) => inject::run(session, command).await,
         Command::Scenario(command) => scenario(command),
+        Command::Certs(args) => certs(args),
         Command::Explain(args) => Ok(explain::run(args)),
         Command::Completions { shell } => Ok(Answer::bytes(completions(*shell))),
         Command::Man => Ok(Answer::bytes(manual()?)),

@@ -208,6 +208,7 @@ impl Player {
         let enter = VpEnter {
             lp: step.lp,
             call: Some(call),
+            session: String::new(),
         };
         let answer = match self.ask(step.lp, Ask::Enter(enter)).await? {
             Some(answer) => answer,

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 
 use crate::stop::Stop;
 use child::Role;
-use process::Process;
+pub(crate) use process::Process;
 
 /// Memory of both processes, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,8 +109,12 @@ pub struct Local {
 
 impl Local {
     /// Starts both and waits until both are serving. The module gets `module_options` beside those
-    /// that it needs.
-    pub async fn start(stop: &Stop, module_options: &[&str]) -> Result<Self, LocalError> {
+    /// that it needs, the MMU service `mmu_options`.
+    pub async fn start(
+        stop: &Stop,
+        module_options: &[&str],
+        mmu_options: &[&str],
+    ) -> Result<Self, LocalError> {
         let directory = directory()?;
         let program = std::env::current_exe().map_err(LocalError::Program)?;
         let socket = |role: Role| socket_url(directory.path(), role);
@@ -128,6 +132,7 @@ impl Local {
             "--drain-s",
             "2",
         ];
+        let options = [&options, mmu_options].concat();
         let mut mmu = Process::spawn(&program, Role::Mmu, &options)?;
         mmu.ready(&mmu_url, READY_LIMIT, stop).await?;
         Ok(Self {
@@ -173,7 +178,7 @@ impl Local {
     }
 }
 
-fn directory() -> Result<TempDir, LocalError> {
+pub(crate) fn directory() -> Result<TempDir, LocalError> {
     use std::os::unix::fs::PermissionsExt as _;
     tempfile::Builder::new()
         .prefix("mmuctl-")
@@ -182,7 +187,7 @@ fn directory() -> Result<TempDir, LocalError> {
         .map_err(LocalError::Directory)
 }
 
-fn socket_url(directory: &Path, role: Role) -> Result<String, LocalError> {
+pub(crate) fn socket_url(directory: &Path, role: Role) -> Result<String, LocalError> {
     let path = directory.join(role.socket_name());
     if path.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
         return Err(LocalError::SocketPath { path });

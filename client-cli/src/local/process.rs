@@ -27,7 +27,7 @@ type Lines = Arc<Mutex<VecDeque<String>>>;
 
 /// A running service.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     role: Role,
     url: String,
     child: Child,
@@ -39,7 +39,7 @@ pub(super) struct Process {
 
 impl Process {
     /// Runs `program` as `role`.
-    pub(super) fn spawn(program: &Path, role: Role, options: &[&str]) -> Result<Self, LocalError> {
+    pub(crate) fn spawn(program: &Path, role: Role, options: &[&str]) -> Result<Self, LocalError> {
         let mut child = Command::new(program)
             .arg(role.argument())
             .args(options)
@@ -70,7 +70,7 @@ impl Process {
     }
 
     /// Resident memory in bytes (`VmRSS` of /proc); `None` once it has ended.
-    pub(super) fn resident_bytes(&self) -> Option<u64> {
+    pub(crate) fn resident_bytes(&self) -> Option<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()?)).ok()?;
         let line = status
             .lines()
@@ -80,7 +80,7 @@ impl Process {
     }
 
     /// Waits until the health check says that it is serving.
-    pub(super) async fn ready(
+    pub(crate) async fn ready(
         &mut self,
         url: &str,
         limit: Duration,
@@ -127,7 +127,7 @@ impl Process {
     }
 
     /// How it ended, if it has.
-    pub(super) async fn ended(&mut self) -> Option<LocalError> {
+    pub(crate) async fn ended(&mut self) -> Option<LocalError> {
         let status = match self.child.try_wait() {
             Ok(None) => return None,
             Ok(Some(status)) => status.to_string(),
@@ -144,8 +144,14 @@ impl Process {
         })
     }
 
+    /// Ends it at once (SIGKILL) and waits until it is gone.
+    pub(crate) async fn kill(&mut self) {
+        // Fails when it has ended in between.
+        let _ = self.child.kill().await;
+    }
+
     /// Tells it to stop and waits; kills it when it does not.
-    pub(super) async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         drop(self.stdin.take());
         if tokio::time::timeout(STOP_LIMIT, self.child.wait())
             .await

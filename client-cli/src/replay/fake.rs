@@ -69,7 +69,7 @@ impl Fake {
                 .serve_with_incoming(UnixListenerStream::new(listener)),
         );
         let url = format!("unix://{}", path.display());
-        let client = Client::connect(&url, None, Limits::new(None), Stop::never())
+        let client = Client::connect(&url, None, None, Limits::new(None), Stop::never())
             .await
             .unwrap();
         Self {

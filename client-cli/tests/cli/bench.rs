@@ -8,6 +8,8 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
     for (name, size, ops) in [
         ("populate", "4M", 1024),
         ("convert", "4M", 1024),
+        ("life", "4M", 1024),
+        ("growth", "16M", 512),
         ("scatter", "4M", 1024),
         ("build", "2M", 512),
         ("hit", "4M", 64 * 4096),
@@ -46,9 +48,20 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
                 assert_eq!(figure["seamcalls"]["TDH.MEM.PAGE.AUG"], 1024);
                 assert!(figure["rpcs"].as_u64().unwrap() <= 2, "{figure}");
             }
+            "life" => {
+                let figures = figure["figures"].as_array().unwrap();
+                assert_eq!(figures.len(), 4);
+                assert!(figure["memory"]["bytes_per_page"]["module"].is_number());
+            }
+            "growth" => {
+                let figures = figure["figures"].as_array().unwrap();
+                let size = |figure: &serde_json::Value| figure["size"].as_u64().unwrap();
+                let sizes: Vec<u64> = figures.iter().map(size).collect();
+                assert_eq!(sizes, [2 << 20, 16 << 20]);
+            }
             "convert" => {
                 assert_eq!(figure["seamcalls"]["TDH.MEM.TRACK"], 1);
-                assert!(figure["rpcs"].as_u64().unwrap() <= 4, "{figure}");
+                assert!(figure["rpcs"].as_u64().unwrap() <= 3, "{figure}");
             }
             "build" => assert_eq!(figure["seamcalls"]["TDH.MR.EXTEND"], 512 * 16),
             "fault" => assert_eq!(figure["rpcs"], 100, "one message a fault"),
@@ -65,10 +78,44 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
 }
 
 #[test]
+fn growth_is_drawn_and_nothing_else_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("growth.svg");
+    let file = file.to_str().unwrap();
+    let drawn = |name, size| {
+        let what = ["bench", name, "--size", size];
+        let how = ["--repeats", "1", "--warm-up", "0", "--plot", file];
+        run(what.into_iter().chain(how))
+    };
+    let ran = drawn("growth", "16M");
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let svg = std::fs::read_to_string(file).unwrap();
+    assert!(svg.contains("16 MiB") && svg.ends_with("</svg>\n"), "{svg}");
+    let ran = drawn("populate", "4M");
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains("--plot"), "{ran:?}");
+}
+
+#[test]
 fn sizes_that_cannot_be_are_refused() {
     for size in ["0", "4097", "2T"] {
         let ran = run(["bench", "populate", "--size", size]);
         assert_eq!(ran.code, Some(2), "{ran:?}");
         assert!(ran.stderr.contains("--size"), "{ran:?}");
     }
+}
+
+#[test]
+fn an_overload_is_refused_in_part_and_answered_in_part() {
+    let args = "--output json bench overload --size 2M --repeats 1 --warm-up 0";
+    let ran = run(args.split_whitespace());
+    // No call failed and none was without an answer: either ends the command.
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let figure = ran.json();
+    assert_eq!(
+        (&figure["places"], &figure["clients"]),
+        (&32.into(), &320.into())
+    );
+    assert!(figure["refused"].as_u64().unwrap() > 0, "{figure}");
+    assert!(figure["ops"].as_u64().unwrap() > 320, "{figure}");
 }

@@ -1,6 +1,7 @@
 //! `mmuctl` as a process, with real services behind it.
 
 mod bench;
+mod chaos;
 mod commands;
 mod common;
 mod compare;
@@ -8,7 +9,10 @@ mod conformance;
 mod guest;
 mod leftovers;
 mod measure;
+mod recorded;
 mod replay;
+mod replay_in_process;
 mod scenario;
 mod tables;
+mod tls;
 mod trace;

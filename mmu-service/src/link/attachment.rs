@@ -38,6 +38,16 @@ impl Attachment {
         })
     }
 
+    /// An earlier run, on the same platform. Nothing of it is there any more.
+    pub(crate) fn earlier(&self, instance: &str) -> Self {
+        Self {
+            instance: instance.to_owned(),
+            host: self.host.emptied(),
+            replay_window: 0,
+            retired: AtomicBool::new(true),
+        }
+    }
+
     /// The module's name for this run.
     pub(crate) fn instance(&self) -> &str {
         &self.instance

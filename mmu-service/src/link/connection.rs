@@ -10,14 +10,9 @@ use std::sync::Arc;
 use hyper_util::rt::TokioIo;
 use mirror_proto::module::GetPlatformRequest;
 use mirror_proto::module::tdx_module_service_client::TdxModuleServiceClient;
-use tokio::net::{TcpStream, UnixStream};
-use tokio_util::either::Either;
 use tonic::transport::{Channel, Uri};
-use transport::Address;
 
 use super::{Attachment, LinkError, Shared};
-
-type Socket = Either<TcpStream, UnixStream>;
 
 /// A connection, and the run of the module at its other end.
 #[derive(Debug, Clone)]
@@ -46,7 +41,9 @@ async fn connect(shared: &Shared) -> Result<Connection, LinkError> {
         module: config.module.clone(),
         source,
     };
-    let socket = open(&config.module).await.map_err(unreachable)?;
+    let socket = transport::open(&config.module, config.tls.as_ref())
+        .await
+        .map_err(unreachable)?;
     let channel = transport::endpoint(&config.module.to_string())
         .map_err(LinkError::Address)?
         .connect_with_connector(single_use(socket))
@@ -68,25 +65,14 @@ async fn connect(shared: &Shared) -> Result<Connection, LinkError> {
     })
 }
 
-async fn open(module: &Address) -> io::Result<Socket> {
-    Ok(match module {
-        Address::Unix(path) => Either::Right(UnixStream::connect(path).await?),
-        Address::Tcp(authority) => {
-            let tcp = TcpStream::connect(authority).await?;
-            tcp.set_nodelay(true)?;
-            Either::Left(tcp)
-        }
-    })
-}
-
 /// A connector that has one socket to give. When the connection is lost, calls fail.
 fn single_use(
-    socket: Socket,
+    socket: transport::Connection,
 ) -> impl tower::Service<
     Uri,
-    Response = TokioIo<Socket>,
+    Response = TokioIo<transport::Connection>,
     Error = io::Error,
-    Future = std::future::Ready<io::Result<TokioIo<Socket>>>,
+    Future = std::future::Ready<io::Result<TokioIo<transport::Connection>>>,
 > + Send
 + 'static {
     let mut socket = Some(socket);

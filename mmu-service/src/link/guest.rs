@@ -179,7 +179,8 @@ fn step_from_wire(result: wire::GuestResult) -> Option<GuestStep> {
 impl GuestPort for GuestLine {
     fn enter(&mut self, lp: u32, call: Seamcall) -> Result<Entry, SeamError> {
         let call = Some(seamcall_to_wire(call));
-        match self.ask(Ask::Enter(wire::VpEnter { lp, call }))? {
+        let session = self.link.guest_session();
+        match self.ask(Ask::Enter(wire::VpEnter { lp, call, session }))? {
             Answer::Entered(entered) => Ok(Entry::Entered {
                 vmcall: entered.vmcall.map(Gprs::from),
             }),

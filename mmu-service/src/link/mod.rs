@@ -24,15 +24,16 @@ mod unary;
 mod window;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use mirror_proto::module::{ExecuteRequest, ExecuteResponse};
+use mirror_proto::module::{EndSessionsRequest, ExecuteRequest, ExecuteResponse};
 use mirror_proto::seamcall_to_wire;
 use tdp_mmu::{Batch, HostError, SeamError, SeamPort, Ticket, Via};
 use tdx_defs::SeamcallResult;
 use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-use transport::Address;
+use transport::{Address, ClientTls};
 
 pub(crate) use attachment::{Attachment, LinkState};
 pub(crate) use guest::GuestLine;
@@ -42,6 +43,7 @@ pub(crate) use spans::operation;
 use self::io::{Io, StandIn};
 use crate::metrics::{Flight, LinkMetrics, Summary};
 use attachment::Instances;
+use connection::dial;
 use lane::Lane;
 use spans::MessageSpan;
 use unary::Calls;
@@ -55,6 +57,8 @@ const CALL_BYTES: usize = 160;
 pub(crate) struct LinkConfig {
     /// Where the module listens.
     pub(crate) module: Address,
+    /// Certificates, for a module at https://.
+    pub(crate) tls: Option<ClientTls>,
     /// Streams for `Via::Stream`.
     pub(crate) streams: usize,
     /// Batches under way on each stream.
@@ -104,6 +108,9 @@ pub(crate) enum LinkError {
         /// That run.
         instance: String,
     },
+    /// The module refuses something that it should know.
+    #[error("the module refuses it")]
+    Refused(#[source] Box<tonic::Status>),
     /// The link has no connection at the moment.
     #[error("the module is not reachable: {reason}")]
     Down {
@@ -165,6 +172,9 @@ struct LaneHandle {
 
 /// The link to one module. What is under way when it is dropped is still answered to who waits.
 pub(crate) struct ModuleLink {
+    /// What the names of its sessions begin with.
+    name: String,
+    guests: AtomicU64,
     shared: Arc<Shared>,
     lanes: Vec<LaneHandle>,
     calls: Arc<Calls>,
@@ -201,6 +211,8 @@ impl ModuleLink {
         let calls = Calls::new(Arc::clone(&shared), &name, shared.config.calls);
         let call_window = Window::new(shared.config.calls);
         Ok(Arc::new(Self {
+            name,
+            guests: AtomicU64::new(0),
             shared,
             lanes,
             calls,
@@ -208,6 +220,42 @@ impl ModuleLink {
             io,
             _stand_in: stand_in,
         }))
+    }
+
+    /// What the names of its sessions begin with; no other link has it.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A session for one vCPU that goes inside.
+    fn guest_session(&self) -> String {
+        let number = self.guests.fetch_add(1, Ordering::Relaxed);
+        format!("{}-g{number}", self.name)
+    }
+
+    /// Ends the sessions of an earlier link: when this returns, the module has done all of theirs
+    /// that it will ever do.
+    pub(crate) async fn end_sessions(self: &Arc<Self>, prefix: &str) -> Result<(), LinkError> {
+        let (link, prefix) = (Arc::clone(self), prefix.to_owned());
+        let ended = self.io.handle().spawn(async move {
+            let mut connection = dial(&link.shared).await?;
+            let limit = link.shared.config.rpc_deadline;
+            let asked = connection
+                .client
+                .end_sessions(EndSessionsRequest { prefix });
+            match tokio::time::timeout(limit, asked).await {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(status)) => Err(LinkError::Refused(Box::new(status))),
+                Err(_) => Err(LinkError::Silent {
+                    module: link.shared.config.module.clone(),
+                    limit,
+                }),
+            }
+        });
+        ended.await.unwrap_or_else(|_| {
+            let reason = ENDED.to_owned();
+            Err(LinkError::Down { reason })
+        })
     }
 
     /// Whether the module is there, now and later.

@@ -47,7 +47,7 @@ impl MessageSpan {
             return untraced;
         }
         LEFT.set(left - 1);
-        let (server, port) = server_of(module);
+        let (server, port) = module.server();
         let span = tracing::info_span!(
             "seamcall batch",
             otel.kind = "client",
@@ -108,17 +108,6 @@ impl MessageSpan {
     }
 }
 
-/// `server.address` and `server.port`: a socket is named by its path and has no port.
-fn server_of(module: &Address) -> (String, Option<u16>) {
-    match module {
-        Address::Unix(path) => (path.display().to_string(), None),
-        Address::Tcp(authority) => match authority.rsplit_once(':') {
-            Some((host, port)) => (host.to_owned(), port.parse().ok()),
-            None => (authority.clone(), None),
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,8 +119,8 @@ mod tests {
             ("http://localhost:50052", "localhost", Some(50052)),
             ("http://[::1]:50052", "[::1]", Some(50052)),
         ] {
-            let module = url.parse().unwrap();
-            assert_eq!(server_of(&module), (server.to_owned(), port), "{url}");
+            let module: Address = url.parse().unwrap();
+            assert_eq!(module.server(), (server.to_owned(), port), "{url}");
         }
     }
 

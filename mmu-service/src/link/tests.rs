@@ -6,7 +6,8 @@ use std::sync::Mutex;
 
 use mirror_proto::module::tdx_module_service_server::{TdxModuleService, TdxModuleServiceServer};
 use mirror_proto::module::{
-    GetPlatformRequest, GetPlatformResponse, SeamcallResult as WireResult, Tdmr,
+    EndSessionsRequest, EndSessionsResponse, GetPlatformRequest, GetPlatformResponse,
+    SeamcallResult as WireResult, Tdmr,
 };
 use tdx_defs::{Leaf, Seamcall};
 use tokio_stream::Stream;
@@ -194,6 +195,13 @@ impl TdxModuleService for Fake {
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 
+    async fn end_sessions(
+        &self,
+        _: Request<EndSessionsRequest>,
+    ) -> Result<Response<EndSessionsResponse>, Status> {
+        Err(Status::unimplemented("no test ends sessions here"))
+    }
+
     async fn get_platform(
         &self,
         _: Request<GetPlatformRequest>,
@@ -213,6 +221,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let address = Address::Unix(dir.path().join("module.sock"));
         let config = LinkConfig {
+            tls: None,
             module: address.clone(),
             streams: 2,
             window: 16,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mirror_proto::{InvalidField, mmu as wire};
-use tdp_mmu::{Counts, Vm, VmConfig, VmKind};
+use tdp_mmu::{Counts, Vm, VmConfig, VmKind, VmRecord};
 use tdx_defs::{GpaLayout, TdAttributes};
 use tonic::Status;
 use tracing::info_span;
@@ -13,9 +13,10 @@ use crate::convert::{
     counts_to_wire, dirty_log_from_wire, gpaw_from_wire, hex, kind_from_wire, mode_from_wire,
     no_hw_error, vm_info_to_wire,
 };
-use crate::registry::VmEntry;
+use crate::registry::{Origin, VmEntry};
 use crate::shell::Shell;
 use crate::status;
+use crate::store::Store;
 
 /// Longest label, in bytes.
 const MAX_LABEL: usize = 64;
@@ -35,10 +36,10 @@ pub(super) async fn create_vm(
     let config = vm_config(&request).map_err(status::of_field)?;
     // There is nothing to tell a module about an ordinary VM.
     let init = !request.create_only && config.kind == VmKind::Td;
-    let (entry, counts) = match build_vm(shell, &config, init, &request.label).await? {
+    let (entry, counts) = match build_vm(shell, &config, init, &request).await? {
         Built::Vm(entry, counts) => (entry, counts),
         // The module restarted meanwhile, and nothing was lost but this attempt.
-        Built::OnOldRun(_) => match build_vm(shell, &config, init, &request.label).await? {
+        Built::OnOldRun(_) => match build_vm(shell, &config, init, &request).await? {
             Built::Vm(entry, counts) => (entry, counts),
             Built::OnOldRun(refusal) => return Err(refusal),
         },
@@ -68,7 +69,7 @@ async fn build_vm(
     shell: &Arc<Shell>,
     config: &VmConfig,
     init: bool,
-    label: &str,
+    request: &wire::CreateVmRequest,
 ) -> Result<Built, Status> {
     let place = shell.vms.reserve()?;
     let attachment = shell
@@ -77,25 +78,57 @@ async fn build_vm(
         .await
         .map_err(|error| status::module_unreachable(&error.chain()))?;
     let layout = GpaLayout::new(config.gpaw);
-    let (shell_there, config, label) = (Arc::clone(shell), config.clone(), label.to_owned());
+    let (shell_there, config, request) = (Arc::clone(shell), config.clone(), request.clone());
     let span = info_span!(
         "create_vm",
         kvm.vm = tracing::field::Empty,
-        kvm.label = label
+        kvm.label = request.label
     );
     let work = move || {
         let port = shell_there.link.port(&attachment);
-        let vm = Vm::new(Arc::clone(attachment.host()), port, config);
+        let host = Arc::clone(attachment.host());
+        let (id, vm) = match &shell_there.store {
+            None => (shell_there.vms.next_id(), Vm::new(host, port, config)),
+            Some(store) => {
+                host.keep_in(store.pool(attachment.instance()));
+                let record = VmRecord::new(config.clone());
+                let id = store.create(&request, &record, attachment.instance());
+                let id = id.map_err(|error| status::of_vm(&error.into()))?;
+                (id, Vm::kept_in(host, port, config, store.ledger(id)))
+            }
+        };
         let built = if init {
             vm.init()
         } else {
             Ok(Counts::default())
         };
+        let built = match (&shell_there.store, built) {
+            (Some(store), Ok(counts)) => match store.created(id) {
+                Ok(()) => Ok(counts),
+                Err(error) => {
+                    // Nobody will know of it: it must not stay.
+                    vm.destroy().map_err(|error| status::of_vm(&error))?;
+                    Err(error.into())
+                }
+            },
+            (_, built) => built,
+        };
+        if let (Some(store), Err(_)) = (&shell_there.store, &built)
+            && vm.info().tdr.get() == 0
+        {
+            // What is left of a TD stays written down, and goes when the service starts again.
+            forget(store, id);
+        }
         match built {
             Ok(counts) => {
                 shell_there.metrics.did(&counts);
                 // Entered here and not by the caller: a VM whose caller hung up is still listed.
-                let entry = shell_there.vms.insert(place, label, vm, layout, attachment);
+                let origin = Origin {
+                    label: request.label,
+                    layout,
+                    attachment,
+                };
+                let entry = shell_there.vms.insert(id, place, vm, origin);
                 tracing::Span::current().record("kvm.vm", entry.id);
                 Ok(Built::Vm(entry, counts_to_wire(&counts)))
             }
@@ -106,7 +139,7 @@ async fn build_vm(
     shell.run(span, work).await?
 }
 
-fn vm_config(request: &wire::CreateVmRequest) -> Result<VmConfig, InvalidField> {
+pub(crate) fn vm_config(request: &wire::CreateVmRequest) -> Result<VmConfig, InvalidField> {
     if request.label.len() > MAX_LABEL {
         let reason = format!("{} bytes, the limit is {MAX_LABEL}", request.label.len());
         return Err(InvalidField::new("label", reason));
@@ -201,6 +234,11 @@ pub(super) async fn destroy_vm(
             };
             entry_there.events.collect(&entry_there.vm);
             entry_there.events.close();
+            if let Some(store) = &shell_there.store
+                && (destroyed.1 == 0 || entry_there.lost().is_some())
+            {
+                forget(store, entry_there.id);
+            }
             // Of two callers at a time one has destroyed it; for the other it is gone.
             if !shell_there.vms.remove(entry_there.id) {
                 return Err(status::unknown_vm(entry_there.id));
@@ -215,10 +253,18 @@ pub(super) async fn destroy_vm(
     })
 }
 
+/// The record of a VM that is gone. Should it stay: the next run finds out by itself.
+fn forget(store: &Store, id: u64) {
+    if let Err(error) = store.remove(id) {
+        tracing::warn!(vm = id, %error, "the end of a VM is not written down");
+    }
+}
+
 pub(super) async fn list_vms(
     shell: &Arc<Shell>,
     _: wire::ListVmsRequest,
 ) -> Result<wire::ListVmsResponse, Status> {
+    shell.vms.check_open()?;
     let shell_there = Arc::clone(shell);
     let span = info_span!("list_vms");
     let vms = shell

@@ -19,6 +19,7 @@ use telemetry::propagate::traceparent_of;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::shell::Shell;
+pub(crate) use lifecycle::vm_config;
 use stream::Answers;
 
 /// Path of HandleFault.
@@ -152,3 +153,6 @@ mmu_service! {
     set_nx_huge_pages: SetNxHugePagesRequest => SetNxHugePagesResponse, tables;
     recover_nx_huge_pages: RecoverNxHugePagesRequest => RecoverNxHugePagesResponse, tables;
 }
+
+#[cfg(test)]
+mod cancelled;

@@ -4,6 +4,9 @@
 //! A check that fails marks the VM bugged and dead; the operation that met it goes on as the
 //! kernel's would. Every later ioctl answers EIO, teardown still runs.
 
+use std::sync::{Arc, OnceLock};
+
+use crate::ledger::{Ledger, Note};
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, lock};
 
@@ -133,11 +136,14 @@ impl Check {
 const _: () = assert!(Check::PendingAccess as usize + 1 == Check::ALL.len());
 
 /// What went wrong in a VM so far.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Bugs {
     bugged: AtomicBool,
     dead: AtomicBool,
     reports: Mutex<Vec<(Check, String)>>,
+    /// Why the VM was dead already in an earlier process.
+    earlier: Mutex<Option<String>>,
+    ledger: OnceLock<Arc<dyn Ledger>>,
 }
 
 impl Bugs {
@@ -145,7 +151,7 @@ impl Bugs {
     pub(crate) fn bug(&self, check: Check, why: impl FnOnce() -> String) {
         self.warn(check, why);
         self.bugged.store(true, Ordering::SeqCst);
-        self.dead.store(true, Ordering::SeqCst);
+        self.end();
     }
 
     /// WARN_ON: reported, nothing else.
@@ -159,6 +165,28 @@ impl Bugs {
     /// kvm_vm_dead: no WARN, but no further ioctl either.
     pub(crate) fn kill(&self, check: Check, why: impl FnOnce() -> String) {
         self.warn(check, why);
+        self.end();
+    }
+
+    fn end(&self) {
+        if !self.dead.swap(true, Ordering::SeqCst)
+            && let Some(ledger) = self.ledger.get()
+        {
+            let note = Note::Dead(self.reason().unwrap_or_default());
+            if let Err(error) = ledger.note(note) {
+                tracing::warn!(%error, "the death of a VM is not written down");
+            }
+        }
+    }
+
+    /// Has the VM's death written down.
+    pub(crate) fn keep_in(&self, ledger: Arc<dyn Ledger>) {
+        let _ = self.ledger.set(ledger);
+    }
+
+    /// The VM was dead already in an earlier process.
+    pub(crate) fn was_dead(&self, reason: String) {
+        lock(&self.earlier).get_or_insert(reason);
         self.dead.store(true, Ordering::SeqCst);
     }
 
@@ -179,6 +207,9 @@ impl Bugs {
 
     /// The first reason, for people.
     pub fn reason(&self) -> Option<String> {
+        if let Some(earlier) = &*lock(&self.earlier) {
+            return Some(earlier.clone());
+        }
         lock(&self.reports)
             .first()
             .map(|(check, why)| format!("{check:?}: {why}"))

@@ -4,6 +4,7 @@
 
 use tdx_defs::{CompletionStatus, Gpa, Leaf};
 
+use crate::ledger::LedgerError;
 use crate::seam::SeamError;
 
 /// The exit record of KVM_EXIT_MEMORY_FAULT.
@@ -34,6 +35,8 @@ pub enum ErrorKind {
     Aborted,
     /// The module does not answer.
     Unavailable,
+    /// The state could not be written.
+    NotKept,
     /// An invariant is broken.
     Internal,
     /// The access left KVM_RUN with an exit record.
@@ -150,6 +153,17 @@ pub enum VmError {
     /// The slot under the address is being deleted.
     #[error("the memory slot under {0} is being deleted")]
     SlotGoing(Gpa),
+    /// What the operation is about to do could not be written down; nothing was done.
+    #[error("the state cannot be written: {0}")]
+    NotKept(#[from] LedgerError),
+    /// The direct root was made obsolete in the middle of the operation.
+    #[error(
+        "the vcpu's root was made obsolete before {0} was mapped; the next call loads a new one"
+    )]
+    RootObsolete(Gpa),
+    /// Others kept changing the mapping until the budget of retries was spent.
+    #[error("the mapping of {0} kept changing for the whole retry budget")]
+    Unstable(Gpa),
     /// The module cannot be reached.
     #[error(transparent)]
     Seam(#[from] SeamError),
@@ -176,9 +190,11 @@ impl VmError {
             }
             Self::HostFault(_) => errno::EFAULT,
             Self::SlotOverlaps(_) => errno::EEXIST,
-            Self::Dead { .. } | Self::NoTd { .. } | Self::AlreadyMapped(_) | Self::Seam(_) => {
-                errno::EIO
-            }
+            Self::Dead { .. }
+            | Self::NoTd { .. }
+            | Self::AlreadyMapped(_)
+            | Self::NotKept(_)
+            | Self::Seam(_) => errno::EIO,
             Self::Refused {
                 leaf: Leaf::MNG_INIT,
                 status,
@@ -190,7 +206,7 @@ impl VmError {
                 errno::EAGAIN
             }
             Self::Busy { .. } => errno::EBUSY,
-            Self::SlotGoing(_) => errno::EAGAIN,
+            Self::SlotGoing(_) | Self::RootObsolete(_) | Self::Unstable(_) => errno::EAGAIN,
         }
     }
 
@@ -245,7 +261,10 @@ impl VmError {
                 status,
             } if status.is(CompletionStatus::OPERAND_INVALID) => ErrorKind::InvalidArgument,
             Self::Refused { .. } => ErrorKind::Internal,
-            Self::Busy { .. } | Self::SlotGoing(_) => ErrorKind::Aborted,
+            Self::Busy { .. } | Self::SlotGoing(_) | Self::RootObsolete(_) | Self::Unstable(_) => {
+                ErrorKind::Aborted
+            }
+            Self::NotKept(_) => ErrorKind::NotKept,
             Self::Seam(SeamError::Restarted { .. }) => ErrorKind::FailedPrecondition,
             Self::Seam(_) => ErrorKind::Unavailable,
         }

@@ -20,6 +20,7 @@ mod counts;
 mod error;
 mod guest;
 mod host;
+mod ledger;
 mod memory;
 mod mmu;
 mod seam;
@@ -33,6 +34,7 @@ pub use counts::{Counts, SeamcallCounts};
 pub use error::{ErrorKind, MemoryFault, VmError, errno};
 pub use guest::{Entry, GuestOp, GuestPort, GuestStep, MAX_GUEST_ACCESS, Resumed};
 pub use host::{Host, HostError, MemoryRange, Platform};
+pub use ledger::{Ledger, LedgerError, Note, PoolLedger, TdRecord, VcpuRecord, VmRecord};
 pub use memory::slots::{MAX_SLOT_PAGES, MAX_SLOTS, SlotSpec};
 pub use memory::user::{HostChange, HostPageSize};
 pub use mmu::layout::VmKind;
@@ -42,6 +44,7 @@ pub use seam::{Batch, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
 pub use trace::{Event, MAX_EVENTS, PageText, error_code};
 pub use vm::{
     AuditReport, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, Held, InitRegion,
-    MAX_MAP_CELLS, Map, MapCell, Measure, Mismatch, Mode, RetPf, RootInfo, RunExit, RunReport,
-    RunRequest, Stats, TreeEntry, Vm, VmConfig, VmInfo, Walk, WalkEntry,
+    MAX_MAP_CELLS, Map, MapCell, Measure, Mismatch, Mode, Recovered, Recovery, RetPf, RootInfo,
+    RunExit, RunReport, RunRequest, Settled, Stats, TreeEntry, Vm, VmConfig, VmInfo, Walk,
+    WalkEntry,
 };

@@ -254,7 +254,7 @@ fn hlt_and_unknown_calls_are_answered() {
         [0, 0x8000_0000_0000_0003],
         "of HLT, then of the unknown one"
     );
-    vm.set_exit_hypercall(false);
+    vm.set_exit_hypercall(false).unwrap();
     let report = go(&vm, &mut guest, vec![vmcall(0x1_0001, 0x1000, 0x1000)]);
     let regs = resumed(&report.done[0]).regs.unwrap();
     assert_eq!(

@@ -1,6 +1,7 @@
 //! Both services and a client, over Unix sockets: everything but the command line.
 
 mod browser;
+mod dashboard;
 mod driver;
 mod failures;
 mod http;
@@ -11,6 +12,7 @@ mod page;
 mod proxy;
 mod ranges;
 mod refusals;
+mod restart;
 mod run;
 mod stack;
 mod surface;

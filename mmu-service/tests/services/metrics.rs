@@ -87,7 +87,7 @@ fn pairs(series: &str) -> Vec<(String, String)> {
 }
 
 /// Everything that the document lists: name, kind, labels.
-fn documented(prefixes: &[&str]) -> BTreeSet<(String, String, BTreeSet<String>)> {
+pub(crate) fn documented(prefixes: &[&str]) -> BTreeSet<(String, String, BTreeSet<String>)> {
     let rows = DOCUMENTED.lines().filter(|line| line.starts_with("| `"));
     rows.map(|row| {
         let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();

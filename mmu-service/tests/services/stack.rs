@@ -80,7 +80,10 @@ impl Process {
     /// A new run of the TDX module.
     pub(crate) fn module(address: &Address) -> Self {
         Self::start(address, |listeners, stop| async {
-            let config = tdx_module_svc::Config::default();
+            let config = tdx_module_svc::Config {
+                fault_injection: true,
+                ..tdx_module_svc::Config::default()
+            };
             let stop = async { drop(stop.await) };
             tdx_module_svc::run(config, listeners, stop)
                 .await
@@ -178,6 +181,11 @@ impl Stack {
             stack.wait_until(ServingStatus::Serving).await;
         }
         stack
+    }
+
+    /// Where the module listens, unless something is in between.
+    pub(crate) fn module_address(&self) -> Address {
+        socket(self.dir.path(), "module")
     }
 
     /// Where the page of the service is, as host and port.

@@ -96,7 +96,9 @@ async fn state(stack: &mut Stack) -> State {
 macro_rules! check {
     ($table:ident, $case:expr, $rpc:ident, $request:expr, $code:ident, $field:expr) => {{
         let outcome = $table.stack.client.$rpc($request).await.map(drop);
-        $table.check($case, outcome, Code::$code, $field).await;
+        $table
+            .check($case, outcome, tonic::Code::$code, $field)
+            .await;
     }};
 }
 
@@ -104,10 +106,12 @@ macro_rules! check {
 macro_rules! check_stream {
     ($table:ident, $case:expr, $rpc:ident, $request:expr, $code:ident, $field:expr) => {{
         let outcome = match $table.stack.client.$rpc($request).await {
-            Ok(answers) => stack::last(answers.into_inner()).await.map(drop),
+            Ok(answers) => crate::stack::last(answers.into_inner()).await.map(drop),
             Err(status) => Err(status),
         };
-        $table.check($case, outcome, Code::$code, $field).await;
+        $table
+            .check($case, outcome, tonic::Code::$code, $field)
+            .await;
     }};
 }
 

@@ -8,6 +8,7 @@
 mod explain;
 mod reaction;
 mod table;
+mod transient;
 
 use std::fmt;
 

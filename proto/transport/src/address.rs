@@ -1,4 +1,4 @@
-//! Where a service listens: `unix:///path` or `http://host:port`.
+//! Where a service listens: `unix:///path`, `http://host:port` or `https://host:port`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,20 +11,16 @@ pub enum Address {
     Unix(PathBuf),
     /// TCP, as `host:port`; an IPv6 host keeps its brackets.
     Tcp(String),
+    /// TLS over TCP, as `host:port`.
+    Tls(String),
 }
 
 /// Text that is no [`Address`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
-    /// Neither `unix:` nor `http://`.
-    #[error("{url:?} is neither unix:///path nor http://host:port")]
+    /// Neither `unix:` nor `http://` nor `https://`.
+    #[error("{url:?} is none of unix:///path, http://host:port and https://host:port")]
     Scheme {
-        /// The text as given.
-        url: String,
-    },
-    /// `https://`, which needs certificates that are not configured anywhere yet.
-    #[error("{url:?} asks for TLS, only unix:///path and http://host:port are supported")]
-    Tls {
         /// The text as given.
         url: String,
     },
@@ -35,7 +31,7 @@ pub enum AddressError {
         url: String,
     },
     /// No host, no port or more than that.
-    #[error("{url:?} is not of the form http://host:port")]
+    #[error("{url:?} is not of the form http://host:port or https://host:port")]
     Authority {
         /// The text as given.
         url: String,
@@ -55,11 +51,12 @@ impl FromStr for Address {
                 Err(AddressError::RelativePath { url: given() })
             };
         }
-        if url.starts_with("https://") {
-            return Err(AddressError::Tls { url: given() });
-        }
-        let Some(rest) = url.strip_prefix("http://") else {
-            return Err(AddressError::Scheme { url: given() });
+        let (rest, of): (_, fn(String) -> Self) = match url.strip_prefix("https://") {
+            Some(rest) => (rest, Self::Tls),
+            None => match url.strip_prefix("http://") {
+                Some(rest) => (rest, Self::Tcp),
+                None => return Err(AddressError::Scheme { url: given() }),
+            },
         };
         let malformed = || AddressError::Authority { url: given() };
         let rest = rest.strip_suffix('/').unwrap_or(rest);
@@ -67,7 +64,20 @@ impl FromStr for Address {
         if authority.host().is_empty() || authority.port_u16().is_none() || rest.contains('@') {
             return Err(malformed());
         }
-        Ok(Self::Tcp(authority.to_string()))
+        Ok(of(authority.to_string()))
+    }
+}
+
+impl Address {
+    /// The server as spans name it: host and port, or the path of a socket.
+    pub fn server(&self) -> (String, Option<u16>) {
+        match self {
+            Self::Unix(path) => (path.display().to_string(), None),
+            Self::Tcp(authority) | Self::Tls(authority) => match authority.rsplit_once(':') {
+                Some((host, port)) => (host.to_owned(), port.parse().ok()),
+                None => (authority.clone(), None),
+            },
+        }
     }
 }
 
@@ -76,6 +86,7 @@ impl fmt::Display for Address {
         match self {
             Self::Unix(path) => write!(f, "unix://{}", path.display()),
             Self::Tcp(authority) => write!(f, "http://{authority}"),
+            Self::Tls(authority) => write!(f, "https://{authority}"),
         }
     }
 }
@@ -92,6 +103,7 @@ mod tests {
             ("http://127.0.0.1:50051", "http://127.0.0.1:50051"),
             ("http://[::1]:0/", "http://[::1]:0"),
             ("http://module:50051", "http://module:50051"),
+            ("https://module:50051/", "https://module:50051"),
         ] {
             let address: Address = url.parse().unwrap();
             assert_eq!(address.to_string(), printed);
@@ -102,10 +114,10 @@ mod tests {
     #[test]
     fn urls_that_name_no_place_are_refused() {
         for (url, expected) in [
-            ("", "neither"),
-            ("/run/module.sock", "neither"),
-            ("127.0.0.1:50051", "neither"),
-            ("https://module:50051", "TLS"),
+            ("", "none of"),
+            ("/run/module.sock", "none of"),
+            ("127.0.0.1:50051", "none of"),
+            ("https://module", "form"),
             ("unix://", "absolute"),
             ("unix:///", "absolute"),
             ("unix://run/module.sock", "absolute"),

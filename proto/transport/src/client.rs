@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-use tonic::transport::{Channel, Endpoint};
+use hyper_util::rt::TokioIo;
+use tonic::transport::{Channel, Endpoint, Uri};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 use crate::{
-    Address, AddressError, CONNECTION_WINDOW, KEEPALIVE_S, KEEPALIVE_TIMEOUT_S, STREAM_WINDOW,
+    Address, AddressError, CONNECTION_WINDOW, ClientTls, KEEPALIVE_S, KEEPALIVE_TIMEOUT_S,
+    STREAM_WINDOW, open,
 };
 
 /// How long opening a connection may take, in seconds.
@@ -30,6 +32,12 @@ pub enum ConnectError {
         /// Why.
         #[source]
         source: tonic::transport::Error,
+    },
+    /// `https://` without certificates.
+    #[error("{address} needs --tls-ca, and --tls-cert with --tls-key")]
+    NoCertificate {
+        /// Where.
+        address: Address,
     },
     /// Nobody answers.
     #[error("no service answers at {address}")]
@@ -57,10 +65,25 @@ pub enum HealthError {
 }
 
 /// The endpoint of a URL, with the windows and keepalive of this project.
+///
+/// For `https://` its connector has to speak TLS: tonic's own does not.
 pub fn endpoint(url: &str) -> Result<Endpoint, ConnectError> {
     let address: Address = url.parse()?;
-    Ok(Endpoint::from_shared(address.to_string())
-        .map_err(|source| ConnectError::Destination { address, source })?
+    let (destination, origin) = match &address {
+        // tonic takes it for its own business to speak TLS where it sees https.
+        Address::Tls(authority) => {
+            let origin = address.to_string().parse::<Uri>().ok();
+            (format!("http://{authority}"), origin)
+        }
+        _ => (address.to_string(), None),
+    };
+    let endpoint = Endpoint::from_shared(destination)
+        .map_err(|source| ConnectError::Destination { address, source })?;
+    let endpoint = match origin {
+        Some(origin) => endpoint.origin(origin),
+        None => endpoint,
+    };
+    Ok(endpoint
         .tcp_nodelay(true)
         .connect_timeout(Duration::from_secs(CONNECT_TIMEOUT_S))
         .initial_stream_window_size(STREAM_WINDOW)
@@ -72,24 +95,36 @@ pub fn endpoint(url: &str) -> Result<Endpoint, ConnectError> {
 
 /// A channel that is connected now, and connects again by itself when the service comes back.
 pub async fn connect(url: &str) -> Result<Channel, ConnectError> {
-    let endpoint = endpoint(url)?;
-    match endpoint.connect().await {
-        Ok(channel) => Ok(channel),
-        Err(source) => Err(ConnectError::Unreachable {
-            address: url.parse()?,
-            source,
-        }),
-    }
+    connect_with(url, None).await
 }
 
-/// A channel that connects with the first call.
-pub fn connect_lazy(url: &str) -> Result<Channel, ConnectError> {
-    Ok(endpoint(url)?.connect_lazy())
+/// The same with certificates, for `https://` addresses.
+pub async fn connect_with(url: &str, tls: Option<&ClientTls>) -> Result<Channel, ConnectError> {
+    let address: Address = url.parse()?;
+    let endpoint = endpoint(url)?;
+    let connected = match (&address, tls) {
+        (Address::Tls(_), None) => return Err(ConnectError::NoCertificate { address }),
+        (Address::Tls(_), Some(tls)) => {
+            let (address, tls) = (address.clone(), tls.clone());
+            let dial = tower::service_fn(move |_: Uri| {
+                let (address, tls) = (address.clone(), tls.clone());
+                async move { open(&address, Some(&tls)).await.map(TokioIo::new) }
+            });
+            endpoint.connect_with_connector(dial).await
+        }
+        _ => endpoint.connect().await,
+    };
+    connected.map_err(|source| ConnectError::Unreachable { address, source })
 }
 
 /// Asks the service at `url` whether it is serving, by grpc.health.v1.
 pub async fn healthcheck(url: &str) -> Result<(), HealthError> {
-    let mut health = HealthClient::new(connect(url).await?);
+    healthcheck_with(url, None).await
+}
+
+/// The same with certificates, for `https://` addresses.
+pub async fn healthcheck_with(url: &str, tls: Option<&ClientTls>) -> Result<(), HealthError> {
+    let mut health = HealthClient::new(connect_with(url, tls).await?);
     let mut request = tonic::Request::new(HealthCheckRequest {
         service: String::new(),
     });

@@ -1,8 +1,10 @@
 //! Binding and accepting, Unix sockets and TCP alike.
 //!
-//! A Unix socket is private to its user (0600, in a directory made with 0700): its file mode is
-//! all the access control there is. The file of a service that died is replaced; the file of one
-//! that answers is not (N3), and neither is a file that is no socket.
+//! A Unix socket is private to its user (0600, in a directory made with 0700), unless others are
+//! listed: then anybody may connect, and [`Peers`](crate::Peers) tells them apart. The file of a
+//! service that died is replaced; the file of one that answers is not (N3), and neither is a file
+//! that is no socket. Plain TCP is for this machine only, unless said otherwise: nobody has an
+//! identity there, and nothing is hidden from the network.
 
 use std::fs;
 use std::io;
@@ -14,17 +16,62 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep};
 use tokio_stream::Stream;
-use tonic::transport::server::{Connected, TcpConnectInfo, UdsConnectInfo};
 
-use crate::Address;
+use crate::handshake;
+use crate::socket::{Connection, Plain};
+use crate::tls::{ServerTls, ServerTlsFiles, TlsError};
+use crate::{Address, error_chain};
 
 /// Pause after a failed accept, in milliseconds: with no file descriptor left every further
 /// attempt would fail at once.
 const ACCEPT_RETRY_MS: u64 = 50;
+/// TLS handshakes under way at a time; further clients wait in the backlog of the socket.
+const MAX_HANDSHAKES: usize = 1024;
+
+/// How a service may be reached.
+#[derive(Debug, Clone, Default)]
+pub struct Exposure {
+    /// Certificates for `https://` addresses.
+    pub tls: Option<ServerTlsFiles>,
+    /// Whether plain TCP may be bound to an address that other machines reach.
+    pub insecure_tcp: bool,
+    /// Whether users besides the service's own may connect to its Unix sockets.
+    pub other_users: bool,
+}
+
+impl Exposure {
+    /// Binds every address, in order.
+    pub async fn bind(&self, addresses: &[Address]) -> Result<Vec<Listener>, BindError> {
+        let wants_tls = addresses
+            .iter()
+            .any(|address| matches!(address, Address::Tls(_)));
+        let tls = match &self.tls {
+            Some(files) if wants_tls => Some(ServerTls::load(files.clone())?),
+            _ => None,
+        };
+        let mut listeners = Vec::new();
+        for address in addresses {
+            let tls = match address {
+                Address::Tls(_) => Some(tls.clone().ok_or_else(|| BindError::NoCertificate {
+                    address: address.clone(),
+                })?),
+                _ => None,
+            };
+            let listener = Listener::bind_as(address, tls, self.other_users).await?;
+            if !self.insecure_tcp && !listener.is_private() {
+                return Err(BindError::Exposed {
+                    address: address.clone(),
+                });
+            }
+            listeners.push(listener);
+        }
+        Ok(listeners)
+    }
+}
 
 /// Nobody can listen there.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +88,24 @@ pub enum BindError {
         /// Where.
         address: Address,
     },
+    /// Other machines would reach it.
+    #[error(
+        "{address} is plain TCP beyond this machine: listen at https:// with --tls-cert, at \
+         127.0.0.1 or at unix://, or accept that anybody may call with --insecure-tcp"
+    )]
+    Exposed {
+        /// Where.
+        address: Address,
+    },
+    /// `https://` without certificates.
+    #[error("{address} needs --tls-cert, --tls-key and --tls-client-ca")]
+    NoCertificate {
+        /// Where.
+        address: Address,
+    },
+    /// The certificates cannot be used.
+    #[error("the certificates cannot be used")]
+    Tls(#[from] TlsError),
     /// The operating system refused.
     #[error("{address} cannot be bound")]
     Io {
@@ -59,13 +124,33 @@ pub struct Listener(Kind);
 #[derive(Debug)]
 enum Kind {
     Tcp(TcpListener),
+    Tls(TcpListener, ServerTls),
     // The file goes when the listener does; fields drop in order, the socket first.
     Unix(UnixListener, SocketFile),
 }
 
 impl Listener {
-    /// Binds `address`; port 0 takes a free port, see [`address`](Self::address).
+    /// Binds `address` for this user and this machine alone; port 0 takes a free port, see
+    /// [`address`](Self::address). [`Exposure::bind`] does more.
     pub async fn bind(address: &Address) -> Result<Self, BindError> {
+        let [listener] = Exposure::default()
+            .bind(std::slice::from_ref(address))
+            .await?
+            .try_into()
+            .unwrap_or_else(|_| unreachable!("one address, one listener"));
+        Ok(listener)
+    }
+
+    /// Binds an `https://` address.
+    pub async fn bind_tls(address: &Address, tls: ServerTls) -> Result<Self, BindError> {
+        Self::bind_as(address, Some(tls), false).await
+    }
+
+    async fn bind_as(
+        address: &Address,
+        tls: Option<ServerTls>,
+        other_users: bool,
+    ) -> Result<Self, BindError> {
         let io = |source: io::Error| match source.kind() {
             io::ErrorKind::AddrInUse => BindError::InUse {
                 address: address.clone(),
@@ -76,21 +161,29 @@ impl Listener {
             },
         };
         match address {
-            Address::Tcp(authority) => TcpListener::bind(authority)
+            Address::Tcp(authority) | Address::Tls(authority) => TcpListener::bind(authority)
                 .await
-                .map(|tcp| Self(Kind::Tcp(tcp)))
+                .map(|tcp| match tls {
+                    Some(tls) => Self(Kind::Tls(tcp, tls)),
+                    None => Self(Kind::Tcp(tcp)),
+                })
                 .map_err(io),
             Address::Unix(path) => {
+                let (folder, mode) = if other_users {
+                    (0o711, 0o666)
+                } else {
+                    (0o700, 0o600)
+                };
                 if let Some(parent) = path.parent() {
                     fs::DirBuilder::new()
                         .recursive(true)
-                        .mode(0o700)
+                        .mode(folder)
                         .create(parent)
                         .map_err(io)?;
                 }
                 clear_stale(address, path).await?;
                 let socket = UnixListener::bind(path).map_err(io)?;
-                fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(io)?;
+                fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(io)?;
                 let file = SocketFile::of(path).map_err(io)?;
                 Ok(Self(Kind::Unix(socket, file)))
             }
@@ -101,21 +194,42 @@ impl Listener {
     pub fn address(&self) -> io::Result<Address> {
         Ok(match &self.0 {
             Kind::Tcp(tcp) => Address::Tcp(tcp.local_addr()?.to_string()),
+            Kind::Tls(tcp, _) => Address::Tls(tcp.local_addr()?.to_string()),
             Kind::Unix(_, file) => Address::Unix(file.path.clone()),
         })
     }
 
-    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Connection>> {
+    /// Whether no other machine can reach it, or only with a certificate.
+    fn is_private(&self) -> bool {
+        match &self.0 {
+            Kind::Tcp(tcp) => tcp
+                .local_addr()
+                .is_ok_and(|address| address.ip().to_canonical().is_loopback()),
+            Kind::Tls(..) | Kind::Unix(..) => true,
+        }
+    }
+
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Accepted>> {
         Poll::Ready(match &self.0 {
             Kind::Tcp(tcp) => ready!(tcp.poll_accept(cx)).and_then(|(stream, _)| {
                 stream.set_nodelay(true)?;
-                Ok(Connection::Tcp(stream))
+                Ok(Accepted::Ready(Connection::Tcp(Plain::new(stream))))
             }),
-            Kind::Unix(unix, _) => {
-                ready!(unix.poll_accept(cx)).map(|(stream, _)| Connection::Unix(stream))
-            }
+            Kind::Tls(tcp, tls) => ready!(tcp.poll_accept(cx)).and_then(|(stream, _)| {
+                stream.set_nodelay(true)?;
+                Ok(Accepted::Tls(stream, tls.clone()))
+            }),
+            Kind::Unix(unix, _) => ready!(unix.poll_accept(cx))
+                .map(|(stream, _)| Accepted::Ready(Connection::Unix(stream))),
         })
     }
+}
+
+/// A socket that somebody connected to.
+enum Accepted {
+    Ready(Connection),
+    /// Both sides do not know each other yet.
+    Tls(TcpStream, ServerTls),
 }
 
 /// Removes a socket file that nobody answers on.
@@ -181,6 +295,8 @@ pub struct Incoming {
     /// The listener that is asked first, so that a busy one cannot silence the others.
     first: usize,
     pause: Option<Pin<Box<Sleep>>>,
+    /// TLS handshakes under way. They run beside each other: a slow client holds up nobody.
+    handshakes: JoinSet<Option<Connection>>,
 }
 
 impl Incoming {
@@ -190,6 +306,7 @@ impl Incoming {
             listeners,
             first: 0,
             pause: None,
+            handshakes: JoinSet::new(),
         }
     }
 }
@@ -203,18 +320,38 @@ impl Stream for Incoming {
                 ready!(pause.as_mut().poll(cx));
                 self.pause = None;
             }
+            match self.handshakes.poll_join_next(cx) {
+                Poll::Ready(Some(Ok(Some(connection)))) => {
+                    return Poll::Ready(Some(Ok(connection)));
+                }
+                // A client that was refused, see `handshake`.
+                Poll::Ready(Some(Ok(None))) => continue,
+                Poll::Ready(Some(Err(error))) => {
+                    let error = error_chain(&error);
+                    tracing::warn!(error, "a TLS handshake came to no end");
+                    continue;
+                }
+                Poll::Ready(None) | Poll::Pending => {}
+            }
             let count = self.listeners.len();
+            let is_full = self.handshakes.len() >= MAX_HANDSHAKES;
             let accepted = (self.first..self.first + count)
                 .map(|at| at % count)
+                .filter(|at| !(is_full && matches!(self.listeners[*at].0, Kind::Tls(..))))
                 .find_map(|at| match self.listeners[at].poll_accept(cx) {
                     Poll::Ready(accepted) => Some((at, accepted)),
                     Poll::Pending => None,
                 });
             match accepted {
                 None => return Poll::Pending,
-                Some((at, Ok(connection))) => {
+                Some((at, Ok(accepted))) => {
                     self.first = at + 1;
-                    return Poll::Ready(Some(Ok(connection)));
+                    match accepted {
+                        Accepted::Ready(connection) => return Poll::Ready(Some(Ok(connection))),
+                        Accepted::Tls(tcp, tls) => {
+                            self.handshakes.spawn(handshake::accept(tcp, tls));
+                        }
+                    }
                 }
                 Some((at, Err(error))) => {
                     self.first = at + 1;
@@ -223,93 +360,6 @@ impl Stream for Incoming {
                 }
             }
         }
-    }
-}
-
-/// An accepted connection.
-#[derive(Debug)]
-pub enum Connection {
-    /// Over TCP, with Nagle's algorithm off (N1).
-    Tcp(TcpStream),
-    /// Over a Unix socket.
-    Unix(UnixStream),
-}
-
-/// Who is at the other end; an extension of each request.
-#[derive(Debug, Clone)]
-pub enum PeerInfo {
-    /// Addresses.
-    Tcp(TcpConnectInfo),
-    /// Process credentials.
-    Unix(UdsConnectInfo),
-}
-
-impl Connected for Connection {
-    type ConnectInfo = PeerInfo;
-
-    fn connect_info(&self) -> PeerInfo {
-        match self {
-            Self::Tcp(stream) => PeerInfo::Tcp(stream.connect_info()),
-            Self::Unix(stream) => PeerInfo::Unix(stream.connect_info()),
-        }
-    }
-}
-
-macro_rules! delegate {
-    ($self:ident, $stream:ident => $call:expr) => {
-        match $self.get_mut() {
-            Connection::Tcp($stream) => {
-                let $stream = Pin::new($stream);
-                $call
-            }
-            Connection::Unix($stream) => {
-                let $stream = Pin::new($stream);
-                $call
-            }
-        }
-    };
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        delegate!(self, stream => stream.poll_read(cx, buffer))
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        delegate!(self, stream => stream.poll_write(cx, bytes))
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        delegate!(self, stream => stream.poll_write_vectored(cx, slices))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        match self {
-            Self::Tcp(stream) => stream.is_write_vectored(),
-            Self::Unix(stream) => stream.is_write_vectored(),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        delegate!(self, stream => stream.poll_flush(cx))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        delegate!(self, stream => stream.poll_shutdown(cx))
     }
 }
 
@@ -372,6 +422,52 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn plain_tcp_beyond_this_machine_has_to_be_asked_for() {
+        for (url, exposed) in [
+            ("http://0.0.0.0:0", true),
+            ("http://[::]:0", true),
+            ("http://127.0.0.1:0", false),
+            ("http://localhost:0", false),
+        ] {
+            let address: Address = url.parse().unwrap();
+            match Listener::bind(&address).await {
+                Ok(_) => assert!(!exposed, "{url}"),
+                Err(error) => {
+                    assert!(exposed, "{url}: {error}");
+                    assert!(error.to_string().contains("--insecure-tcp"), "{error}");
+                }
+            }
+            let insecure = Exposure {
+                insecure_tcp: true,
+                ..Exposure::default()
+            };
+            insecure.bind(&[address]).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn tls_without_certificates_is_refused_at_the_start() {
+        let error = Listener::bind(&"https://127.0.0.1:0".parse().unwrap())
+            .await
+            .unwrap_err();
+        let wanted = "https://127.0.0.1:0 needs --tls-cert, --tls-key and --tls-client-ca";
+        assert_eq!(error.to_string(), wanted);
+    }
+
+    #[tokio::test]
+    async fn listed_users_find_a_socket_that_they_can_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/module.sock");
+        let exposure = Exposure {
+            other_users: true,
+            ..Exposure::default()
+        };
+        let _listeners = exposure.bind(&[Address::Unix(path.clone())]).await.unwrap();
+        assert_eq!(mode(&path), 0o666);
+        assert_eq!(mode(path.parent().unwrap()), 0o711);
+    }
+
+    #[tokio::test]
     async fn accepted_tcp_connections_have_nodelay() {
         let dir = tempfile::tempdir().unwrap();
         let unix = Address::Unix(dir.path().join("module.sock"));
@@ -385,7 +481,7 @@ mod tests {
 
         let _client = TcpStream::connect(authority).await.unwrap();
         match incoming.next().await {
-            Some(Ok(Connection::Tcp(stream))) => assert!(stream.nodelay().unwrap()),
+            Some(Ok(Connection::Tcp(plain))) => assert!(plain.stream().nodelay().unwrap()),
             other => panic!("expected a TCP connection, got {other:?}"),
         }
         let _client = UnixStream::connect(dir.path().join("module.sock"))

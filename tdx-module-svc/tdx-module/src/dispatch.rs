@@ -62,34 +62,45 @@ enum Code {
     Many(fn(&Cx<'_>, &mut Run<'_>) -> Outcome),
 }
 
-/// Calls of a run that are made under one set of locks. Other processors meet these locks as if a
-/// call were in flight all the time, so they are given up now and then.
+/// Calls that are made under one set of locks. Other processors meet these locks as if a call were
+/// in flight all the time, so they are given up now and then.
 const CALLS_PER_HOLD: u32 = 512;
 
-/// The calls of a run.
+/// Calls of one leaf that follow each other: those of a run, and of the runs behind it that name
+/// the same TD.
 ///
 /// A leaf whose TD is named by RDX may lock it and check its state once for several calls: RDX has
 /// no stride, and what was checked cannot change while the locks are held. Each call is answered
 /// as if it had come alone.
 pub(crate) struct Run<'c> {
     call: &'c Seamcall,
+    /// The runs behind this one.
+    behind: &'c [Seamcall],
     /// Operands of the next call.
     next: Regs,
     /// Outputs of the last one.
     regs: Regs,
     left: u32,
     completed: u32,
+    results: &'c mut Vec<SeamcallResult>,
 }
 
 impl<'c> Run<'c> {
-    fn new(call: &'c Seamcall) -> Self {
+    /// `calls` agree on leaf, version and RDX, and none of them is empty.
+    fn new(
+        call: &'c Seamcall,
+        behind: &'c [Seamcall],
+        results: &'c mut Vec<SeamcallResult>,
+    ) -> Self {
         let regs = Regs::of(call);
         Self {
             call,
+            behind,
             next: regs,
             regs,
             left: call.count(),
             completed: 0,
+            results,
         }
     }
 
@@ -105,11 +116,19 @@ impl<'c> Run<'c> {
 
     /// Makes the next calls, with RDX cleared, until one fails or the locks should be given up.
     pub(crate) fn each(&mut self, mut one: impl FnMut(&mut Regs) -> Outcome) -> Outcome {
-        for _ in 0..self.left.min(CALLS_PER_HOLD) {
-            self.regs = Regs {
-                rdx: 0,
-                ..self.next
-            };
+        self.each_as_it_is(|regs| {
+            regs.rdx = 0;
+            one(regs)
+        })
+    }
+
+    /// The same for a leaf that leaves RDX alone.
+    pub(crate) fn each_as_it_is(&mut self, mut one: impl FnMut(&mut Regs) -> Outcome) -> Outcome {
+        for _ in 0..CALLS_PER_HOLD {
+            if self.left == 0 {
+                break;
+            }
+            self.regs = self.next;
             one(&mut self.regs)?;
             self.advance();
         }
@@ -120,7 +139,33 @@ impl<'c> Run<'c> {
     fn advance(&mut self) {
         self.completed += 1;
         self.left -= 1;
-        self.next.step(self.call);
+        if self.left == 0 {
+            self.end(CompletionStatus::SUCCESS);
+        } else {
+            self.next.step(self.call);
+        }
+    }
+
+    /// The run is answered; the one behind it is next.
+    fn end(&mut self, status: CompletionStatus) {
+        self.results.push(self.regs.result(status, self.completed));
+        self.left = 0;
+        if let Some((call, behind)) = self.behind.split_first() {
+            let regs = Regs::of(call);
+            (self.call, self.behind) = (call, behind);
+            (self.next, self.regs) = (regs, regs);
+            (self.left, self.completed) = (call.count(), 0);
+        }
+    }
+
+    /// The next call did not succeed, which ends its run.
+    fn fail(&mut self, fail: Fail) {
+        if let Some([rcx, rdx]) = fail.details {
+            (self.regs.rcx, self.regs.rdx) = (rcx, rdx);
+        }
+        // TDH.VP.ENTER succeeds with an exit reason in the low half.
+        self.completed += u32::from(fail.status.is_success());
+        self.end(fail.status);
     }
 }
 
@@ -175,7 +220,7 @@ fn code_of(leaf: Leaf) -> Option<Code> {
         Leaf::MR_FINALIZE => One(leaves::mr_finalize),
         Leaf::PHYMEM_PAGE_RECLAIM => One(leaves::phymem_page_reclaim),
         Leaf::PHYMEM_PAGE_RDMD => One(leaves::phymem_page_rdmd),
-        Leaf::PHYMEM_PAGE_WBINVD => One(leaves::phymem_page_wbinvd),
+        Leaf::PHYMEM_PAGE_WBINVD => Many(leaves::phymem_page_wbinvd),
         Leaf::PHYMEM_CACHE_WB => One(leaves::phymem_cache_wb),
         Leaf::SYS_TDMR_INIT => One(leaves::sys_tdmr_init),
         Leaf::SYS_INIT => One(leaves::sys_init),
@@ -193,30 +238,83 @@ fn code_of(leaf: Leaf) -> Option<Code> {
 
 /// One call or a run.
 pub(crate) fn seamcall(module: &Module, lp: LpId, call: &Seamcall) -> SeamcallResult {
+    let mut results = Vec::with_capacity(1);
+    perform(module, lp, call, &[], false, &mut results);
+    results.pop().unwrap_or_default()
+}
+
+/// Calls and runs in order; the answers of those that were made. With `stop_on_error` nothing is
+/// made behind a call that ends with the error bit.
+pub(crate) fn seamcalls(
+    module: &Module,
+    lp: LpId,
+    calls: &[Seamcall],
+    stop_on_error: bool,
+) -> Vec<SeamcallResult> {
+    let mut results = Vec::with_capacity(calls.len());
+    while let Some((call, behind)) = calls[results.len()..].split_first() {
+        let alike = match code_of(call.leaf) {
+            Some(Code::Many(_)) => behind.iter().take_while(|next| goes_on(call, next)).count(),
+            _ => 0,
+        };
+        let made = results.len();
+        perform(
+            module,
+            lp,
+            call,
+            &behind[..alike],
+            stop_on_error,
+            &mut results,
+        );
+        let failed = |result: &SeamcallResult| result.status().is_error();
+        if stop_on_error && results[made..].iter().any(failed) {
+            break;
+        }
+    }
+    results
+}
+
+/// Whether a call may share the locks of the one in front of it.
+fn goes_on(call: &Seamcall, next: &Seamcall) -> bool {
+    let same = call.leaf == next.leaf && call.version == next.version && call.rdx == next.rdx;
+    same && call.count() != 0 && next.count() != 0
+}
+
+/// A run and those behind it that are like it.
+fn perform(
+    module: &Module,
+    lp: LpId,
+    call: &Seamcall,
+    behind: &[Seamcall],
+    stop_on_error: bool,
+    results: &mut Vec<SeamcallResult>,
+) {
     if call.count() == 0 {
-        return SeamcallResult::default();
+        results.push(SeamcallResult::default());
+        return;
     }
     let code = match check_call(module, call) {
         Ok(code) => code,
-        Err(fail) => return Regs::of(call).result(fail.status, 0),
+        Err(fail) => {
+            results.push(Regs::of(call).result(fail.status, 0));
+            return;
+        }
     };
     let cx = Cx {
         module,
         lp: lp.0,
         td: OnceCell::new(),
     };
-    let mut run = Run::new(call);
+    let mut run = Run::new(call, behind, results);
     while run.left > 0 {
         if let Err(fail) = step(&cx, &code, &mut run) {
-            if let Some([rcx, rdx]) = fail.details {
-                (run.regs.rcx, run.regs.rdx) = (rcx, rdx);
+            let stops = stop_on_error && fail.status.is_error();
+            run.fail(fail);
+            if stops {
+                break;
             }
-            // TDH.VP.ENTER succeeds with an exit reason in the low half.
-            let completed = run.completed + u32::from(fail.status.is_success());
-            return run.regs.result(fail.status, completed);
         }
     }
-    run.regs.result(CompletionStatus::SUCCESS, run.completed)
 }
 
 /// The checks before any leaf runs.

@@ -145,6 +145,18 @@ impl Module {
         dispatch::seamcall(self, lp, call)
     }
 
+    /// SEAMCALLs in order, each answered as [`Module::seamcall`] answers it alone. Neighbours of one
+    /// leaf and TD share its locks, as the calls of a run do. With `stop_on_error` the first call
+    /// that ends with the error bit is the last: there are as many answers as calls that were made.
+    pub fn seamcalls(
+        &self,
+        lp: LpId,
+        calls: &[Seamcall],
+        stop_on_error: bool,
+    ) -> Vec<SeamcallResult> {
+        dispatch::seamcalls(self, lp, calls, stop_on_error)
+    }
+
     /// The platform.
     pub fn config(&self) -> &PlatformConfig {
         &self.config

@@ -8,6 +8,7 @@
 mod common;
 
 use common::{Host, PAGE};
+use proptest::prelude::*;
 use tdx_defs::{Gpa, Hpa, Leaf, Repeat, Seamcall, SeamcallResult, TdxLevel};
 use tdx_module::hooks::LockObject;
 use tdx_module::{Entry, LockMode, LpId, Module, PageSize, PlatformConfig};
@@ -396,5 +397,141 @@ fn a_run_of_entries_and_of_control_pages_equals_single_calls() {
         let result = runs.module.seamcall(LP, &call);
         assert_eq!(result, one_by_one(&singles.module, &call), "{leaf}");
         assert_eq!(state(&runs.module), state(&singles.module), "{leaf}");
+    }
+}
+
+/// Leaves of a random batch, with the places that RCX, R8 and R9 are drawn from.
+const LEAVES: [(Leaf, [Draw; 3]); 14] = [
+    (Leaf::MEM_PAGE_AUG, [Draw::Gpa, Draw::Free, Draw::Zero]),
+    (Leaf::MEM_PAGE_ADD, [Draw::Gpa, Draw::Free, Draw::Source]),
+    (Leaf::MEM_SEPT_ADD, [Draw::Table, Draw::Free, Draw::Zero]),
+    (Leaf::MEM_SEPT_RD, [Draw::Gpa, Draw::Zero, Draw::Zero]),
+    (Leaf::MEM_RANGE_BLOCK, [Draw::Gpa, Draw::Zero, Draw::Zero]),
+    (Leaf::MEM_RANGE_UNBLOCK, [Draw::Gpa, Draw::Zero, Draw::Zero]),
+    (Leaf::MEM_PAGE_REMOVE, [Draw::Gpa, Draw::Zero, Draw::Zero]),
+    (Leaf::MEM_PAGE_RELOCATE, [Draw::Gpa, Draw::Free, Draw::Zero]),
+    (Leaf::MEM_TRACK, [Draw::Tdr, Draw::Zero, Draw::Zero]),
+    (Leaf::MEM_RD, [Draw::Gpa, Draw::Zero, Draw::Zero]),
+    (Leaf::MEM_WR, [Draw::Gpa, Draw::Free, Draw::Zero]),
+    (Leaf::MR_EXTEND, [Draw::Gpa, Draw::Zero, Draw::Zero]),
+    (
+        Leaf::PHYMEM_PAGE_WBINVD,
+        [Draw::Free, Draw::Zero, Draw::Zero],
+    ),
+    (Leaf::PHYMEM_PAGE_RDMD, [Draw::Free, Draw::Zero, Draw::Zero]),
+];
+
+/// Where a register of a random call comes from.
+#[derive(Debug, Clone, Copy)]
+enum Draw {
+    Zero,
+    /// A frame in or beside the tables.
+    Gpa,
+    /// The same at the level of a 2 MiB entry.
+    Table,
+    /// A page that is free, taken, or becomes either.
+    Free,
+    Source,
+    Tdr,
+}
+
+impl Draw {
+    fn value(self, at: u64) -> u64 {
+        match self {
+            Self::Zero => 0,
+            Self::Gpa => MAPPED + at % 24 * PAGE - 8 * PAGE,
+            Self::Table => (at % 4 * LARGE) | 1,
+            Self::Free => POOL + LARGE + at % 32 * PAGE - 8 * PAGE,
+            Self::Source => 0x10_0000,
+            Self::Tdr => TDR,
+        }
+    }
+}
+
+/// Strides of a random run: none, neighbours, every other page, backwards.
+const STRIDES: [i64; 5] = [0, 4096, 8192, -4096, 256];
+
+fn random_call() -> impl Strategy<Value = Seamcall> {
+    let leaf = 0..LEAVES.len();
+    let places = [0u64..64, 0..64];
+    let strides = [0..STRIDES.len(), 0..STRIDES.len()];
+    // Most calls are about the TD: one in eight names a page that is none.
+    (leaf, places, 1u32..9, strides, 0u8..8).prop_map(|(leaf, at, count, strides, other)| {
+        let (leaf, [rcx, r8, r9]) = LEAVES[leaf];
+        let rdx = match leaf {
+            Leaf::PHYMEM_PAGE_WBINVD | Leaf::PHYMEM_PAGE_RDMD | Leaf::MEM_TRACK => 5,
+            _ if other == 0 => POOL,
+            _ => TDR,
+        };
+        let call = Seamcall::new(leaf)
+            .rcx(rcx.value(at[0]))
+            .rdx(rdx)
+            .r8(r8.value(at[1]))
+            .r9(r9.value(0));
+        let repeat = Repeat {
+            count,
+            rcx_stride: STRIDES[strides[0]],
+            r8_stride: STRIDES[strides[1]],
+            r9_stride: 0,
+        };
+        match count {
+            1 => call,
+            _ => call.repeated(repeat),
+        }
+    })
+}
+
+/// Calls of the same leaf come in a row, as in real batches.
+fn random_batch() -> impl Strategy<Value = Vec<Seamcall>> {
+    let rows = (random_call(), 1usize..4).prop_map(|(call, times)| {
+        let next = |at: usize| {
+            let step = PAGE * at as u64 * u64::from(call.count());
+            let moved = |register: u64| match register {
+                0 | TDR | 0x10_0000 => register,
+                register => register.wrapping_add(step),
+            };
+            call.clone().rcx(moved(call.rcx)).r8(moved(call.r8))
+        };
+        (0..times).map(next).collect::<Vec<_>>()
+    });
+    proptest::collection::vec(rows, 1..8).prop_map(|rows| rows.concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn a_batch_answers_as_its_calls_do_one_by_one(
+        batch in random_batch(),
+        stage in 0usize..3,
+        stop_on_error: bool,
+        blocked: bool,
+        held in proptest::option::of(0u64..24),
+    ) {
+        let stage = [Stage::Initialized, Stage::Runnable, Stage::Teardown][stage];
+        let [batched, singles] = [(), ()].map(|()| {
+            let start = Start::new(stage);
+            if blocked && stage == Stage::Runnable {
+                start.block_all();
+            }
+            if let Some(at) = held {
+                let page = LockObject::Pamt {
+                    hpa: Hpa::new(Draw::Free.value(at)),
+                    size: PageSize::Small,
+                };
+                start.module.hold_lock(page, LockMode::Shared);
+            }
+            start.module
+        });
+        let mut expected = Vec::new();
+        for call in &batch {
+            let result = one_by_one(&singles, call);
+            expected.push(result);
+            if stop_on_error && result.status().is_error() {
+                break;
+            }
+        }
+        prop_assert_eq!(batched.seamcalls(LP, &batch, stop_on_error), expected);
+        prop_assert_eq!(state(&batched), state(&singles));
     }
 }

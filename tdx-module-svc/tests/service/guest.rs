@@ -52,7 +52,12 @@ impl Guest {
             ..Seamcall::default()
         };
         let call = Some(call);
-        self.ask(Ask::Enter(VpEnter { lp: 0, call })).await
+        self.ask(Ask::Enter(VpEnter {
+            lp: 0,
+            call,
+            ..Default::default()
+        }))
+        .await
     }
 
     async fn play(&mut self, ops: Vec<Op>) -> Result<Vec<GuestResult>, Status> {
@@ -181,13 +186,30 @@ async fn what_a_stream_cannot_ask_for_is_refused() {
     let _client = td(&server).await;
     for (enter, ask, field) in [
         (false, Ask::Ops(GuestOps { ops: vec![] }), "ops"),
-        (false, Ask::Enter(VpEnter { lp: 4, call: None }), "enter.lp"),
         (
             false,
-            Ask::Enter(VpEnter { lp: 0, call: None }),
+            Ask::Enter(VpEnter {
+                lp: 4,
+                ..Default::default()
+            }),
+            "enter.lp",
+        ),
+        (
+            false,
+            Ask::Enter(VpEnter {
+                lp: 0,
+                ..Default::default()
+            }),
             "enter.call",
         ),
-        (true, Ask::Enter(VpEnter { lp: 0, call: None }), "enter"),
+        (
+            true,
+            Ask::Enter(VpEnter {
+                lp: 0,
+                ..Default::default()
+            }),
+            "enter",
+        ),
         (
             true,
             Ask::Ops(GuestOps {

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use mirror_proto::module::ExecuteRequest;
+use mirror_proto::module::{EndSessionsRequest, ExecuteRequest};
 use tdx_module_svc::config::Limits;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
@@ -129,4 +129,47 @@ async fn a_session_of_an_earlier_instance_is_not_known() {
         platform(&mut client).await.instance
     );
     assert_eq!(pages_in_use(&mut client, "PT_TDR").await, 0);
+}
+
+#[tokio::test]
+async fn the_sessions_of_a_caller_that_is_gone_end_for_good() {
+    let server = Server::start().await;
+    let (mut gone, mut next) = (server.client().await, server.client().await);
+    let long = repeated(rdmd(PAGE), 1 << 19, 0, 0);
+    let (sender, mut answers) = open(&mut gone).await;
+    let first = numbered("caller-1-s0", 1, vec![create(), long]);
+    sender.send(first).await.unwrap();
+    let beside = numbered("caller-2-s0", 1, vec![rdmd(PAGE)]);
+    execute(&mut next, beside).await.unwrap();
+
+    let end = |prefix: &str| EndSessionsRequest {
+        prefix: prefix.to_owned(),
+    };
+    let ended = next.end_sessions(end("caller-1-")).await.unwrap();
+    let ended = ended.into_inner();
+    assert_eq!(ended.instance, platform(&mut next).await.instance);
+    // Whether its first batch had arrived by then or came too late: it runs now or never.
+    let made = pages_in_use(&mut next, "PT_TDR").await;
+    assert_eq!(made, u64::from(ended.sessions), "{ended:?}");
+    let late = numbered("caller-1-s0", 2, vec![create()]);
+    let _ = sender.send(late).await;
+    let refusal = loop {
+        match answers.next().await.unwrap() {
+            Ok(answer) => assert_eq!(answer.sequence, 1),
+            Err(refusal) => break refusal,
+        }
+    };
+    assert_eq!(refusal.code(), Code::NotFound);
+    let info = refusal.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "UNKNOWN_SESSION");
+    let new = execute(&mut gone, numbered("caller-1-s1", 1, vec![create()])).await;
+    assert_eq!(new.unwrap_err().code(), Code::NotFound);
+    assert_eq!(pages_in_use(&mut next, "PT_TDR").await, made);
+    let beside = numbered("caller-2-s0", 2, vec![rdmd(PAGE)]);
+    execute(&mut next, beside).await.unwrap();
+
+    for prefix in ["", "caller", &*"x".repeat(65)] {
+        let refusal = next.end_sessions(end(prefix)).await.unwrap_err();
+        assert_eq!(refusal.code(), Code::InvalidArgument, "{prefix}");
+    }
 }

@@ -71,6 +71,16 @@ impl Server {
         .await
     }
 
+    /// A new module that takes fault rules.
+    pub(crate) async fn with_faults() -> Self {
+        Self::serve(Config {
+            profile: Profile::Conformance,
+            fault_injection: true,
+            ..Config::default()
+        })
+        .await
+    }
+
     async fn serve(config: Config) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let unix = Address::Unix(dir.path().join("module.sock"));

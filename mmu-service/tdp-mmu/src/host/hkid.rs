@@ -14,17 +14,26 @@ pub(crate) struct HkidPool {
 
 impl HkidPool {
     pub(super) fn new(platform: &Platform) -> Self {
-        let all = platform.hkid_start..platform.hkid_start.saturating_add(platform.hkid_count);
-        let free: BTreeSet<u32> = all.filter(|&hkid| hkid != platform.global_hkid).collect();
+        let free = all(platform);
         Self {
             limit: free.len() as u64,
             free: Mutex::new(free),
         }
     }
 
+    /// As if none had been handed out.
+    pub(super) fn reset(&self, platform: &Platform) {
+        *lock(&self.free) = all(platform);
+    }
+
     /// The lowest free key id.
     pub(crate) fn alloc(&self) -> Option<u32> {
         lock(&self.free).pop_first()
+    }
+
+    /// Takes one that an earlier process gave to a TD. Whether it was free.
+    pub(crate) fn reserve(&self, hkid: u32) -> bool {
+        lock(&self.free).remove(&hkid)
     }
 
     pub(crate) fn free(&self, hkid: u32) {
@@ -35,4 +44,9 @@ impl HkidPool {
     pub(crate) fn limit(&self) -> u64 {
         self.limit
     }
+}
+
+fn all(platform: &Platform) -> BTreeSet<u32> {
+    let all = platform.hkid_start..platform.hkid_start.saturating_add(platform.hkid_count);
+    all.filter(|&hkid| hkid != platform.global_hkid).collect()
 }

@@ -8,7 +8,10 @@
 //! Model: a host with buddy allocation gives no such promise; the runs it would find are what
 //! its allocator happens to give.
 
+use std::sync::{Arc, OnceLock};
+
 use super::MemoryRange;
+use crate::ledger::PoolLedger;
 use crate::sync::{Mutex, lock};
 use tdx_defs::{PAGE_SHIFT, Pfn};
 
@@ -19,6 +22,8 @@ pub(crate) const GIGA_PAGES: u64 = 512 * 512;
 
 pub(crate) struct HostMemory {
     state: Mutex<State>,
+    /// Learns of every block that is split, before its first page is handed out.
+    ledger: OnceLock<Arc<dyn PoolLedger>>,
 }
 
 struct State {
@@ -37,19 +42,48 @@ struct State {
 
 impl HostMemory {
     pub(super) fn new(tdmrs: &[MemoryRange]) -> Self {
-        let mut fresh: Vec<(u64, u64)> = tdmrs.iter().flat_map(usable).collect();
-        fresh.reverse();
-        let state = State {
-            fresh,
-            gigas: Vec::new(),
-            blocks: Vec::new(),
-            pages: Vec::new(),
-            in_use: 0,
-            zero: None,
-        };
         Self {
-            state: Mutex::new(state),
+            state: Mutex::new(State::new(tdmrs)),
+            ledger: OnceLock::new(),
         }
+    }
+
+    /// As if nothing had been handed out.
+    pub(super) fn reset(&self, tdmrs: &[MemoryRange]) {
+        *lock(&self.state) = State::new(tdmrs);
+    }
+
+    /// Has every block that is split from now on written down first.
+    pub(crate) fn keep_in(&self, ledger: Arc<dyn PoolLedger>) {
+        let _ = self.ledger.set(ledger);
+    }
+
+    /// Takes a block out of those never handed out: somebody has it since an earlier process.
+    /// Whether it was there.
+    pub(crate) fn reserve(&self, block: Pfn) -> bool {
+        let mut state = lock(&self.state);
+        let reserved = state.remove_block(block.get());
+        if reserved {
+            state.in_use += BLOCK_PAGES;
+        }
+        reserved
+    }
+
+    /// Takes out a block that an earlier process split: the pages of which `is_used` says so are
+    /// in use, the others are free. Whether it was there.
+    pub(crate) fn reserve_split(&self, block: Pfn, is_used: impl Fn(Pfn) -> bool) -> bool {
+        let mut state = lock(&self.state);
+        if !state.remove_block(block.get()) {
+            return false;
+        }
+        for page in (block.get()..block.get() + BLOCK_PAGES).rev() {
+            if is_used(Pfn::new(page)) {
+                state.in_use += 1;
+            } else {
+                state.pages.push(page);
+            }
+        }
+        true
     }
 
     /// One 4 KiB page.
@@ -57,11 +91,29 @@ impl HostMemory {
         let mut state = lock(&self.state);
         if state.pages.is_empty() {
             let block = state.take_block()?;
+            if let Some(ledger) = self.ledger.get()
+                && let Err(error) = ledger.split(Pfn::new(block))
+            {
+                tracing::error!(%error, "no page can be handed out: its block cannot be written down");
+                state.blocks.push(block);
+                return None;
+            }
             state.pages.extend((block..block + BLOCK_PAGES).rev());
         }
         let page = state.pages.pop()?;
         state.in_use += 1;
         Some(Pfn::new(page))
+    }
+
+    /// Takes a single page that is free. Whether it was.
+    pub(crate) fn take_page(&self, page: Pfn) -> bool {
+        let mut state = lock(&self.state);
+        let at = state.pages.iter().position(|&free| free == page.get());
+        if let Some(at) = at {
+            state.pages.swap_remove(at);
+            state.in_use += 1;
+        }
+        at.is_some()
     }
 
     /// The page of zeroes that the whole host shares; there while somebody has it.
@@ -157,6 +209,35 @@ impl HostMemory {
 }
 
 impl State {
+    fn new(tdmrs: &[MemoryRange]) -> Self {
+        let mut fresh: Vec<(u64, u64)> = tdmrs.iter().flat_map(usable).collect();
+        fresh.reverse();
+        Self {
+            fresh,
+            gigas: Vec::new(),
+            blocks: Vec::new(),
+            pages: Vec::new(),
+            in_use: 0,
+            zero: None,
+        }
+    }
+
+    /// Removes a block from the fresh ranges; what lies around it stays.
+    fn remove_block(&mut self, block: u64) -> bool {
+        let inside = |&(next, end): &(u64, u64)| next <= block && block + BLOCK_PAGES <= end;
+        let Some(at) = self.fresh.iter().position(inside) else {
+            return false;
+        };
+        if !block.is_multiple_of(BLOCK_PAGES) {
+            return false;
+        }
+        let (next, end) = self.fresh[at];
+        let around = [(block + BLOCK_PAGES, end), (next, block)];
+        let around = around.into_iter().filter(|(from, to)| from < to);
+        self.fresh.splice(at..=at, around);
+        true
+    }
+
     fn take_block(&mut self) -> Option<u64> {
         if let Some(block) = self.blocks.pop() {
             return Some(block);

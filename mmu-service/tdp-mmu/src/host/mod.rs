@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 pub use platform::{HostError, MemoryRange, Platform};
 
+use crate::ledger::PoolLedger;
 use crate::sync::Mutex;
 pub(crate) use hkid::HkidPool;
 pub(crate) use memory::{BLOCK_PAGES, GIGA_PAGES, HostMemory};
@@ -31,6 +32,28 @@ impl Host {
             tdx_lock: Mutex::new(()),
             platform,
         }))
+    }
+
+    /// A host like this one with nothing handed out, for VMs whose module is gone.
+    pub fn emptied(&self) -> Arc<Self> {
+        Arc::new(Self {
+            memory: HostMemory::new(&self.platform.tdmrs),
+            hkids: HkidPool::new(&self.platform),
+            tdx_lock: Mutex::new(()),
+            platform: self.platform.clone(),
+        })
+    }
+
+    /// Has the host write down what [`Recovery`](crate::Recovery) must know of it. To be called
+    /// before the first VM is created; a second call changes nothing.
+    pub fn keep_in(&self, ledger: Arc<dyn PoolLedger>) {
+        self.memory.keep_in(ledger);
+    }
+
+    /// As if nothing had been handed out: a recovery begins.
+    pub(crate) fn reset(&self) {
+        self.memory.reset(&self.platform.tdmrs);
+        self.hkids.reset(&self.platform);
     }
 
     /// What the module reported.

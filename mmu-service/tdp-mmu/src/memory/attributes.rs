@@ -17,6 +17,16 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 pub(crate) struct PrivateRanges(BTreeMap<u64, u64>);
 
 impl PrivateRanges {
+    /// From disjoint ranges that do not touch: start → end.
+    pub(crate) fn from_parts(parts: BTreeMap<u64, u64>) -> Self {
+        Self(parts)
+    }
+
+    /// The ranges: start → end.
+    pub(crate) fn into_parts(self) -> BTreeMap<u64, u64> {
+        self.0
+    }
+
     pub(crate) fn contains(&self, gfn: Gfn) -> bool {
         let at = gfn.get();
         self.0

@@ -21,6 +21,9 @@ const CHUNK_REGIONS: u64 = 64;
 const WORDS: usize = (BLOCK_PAGES / 64) as usize;
 
 /// One 2 MiB region.
+///
+/// Who adds a page sets its bit and then looks at the block; who takes the last page away takes the
+/// block and then looks at the bits. Either sees the other.
 struct Region {
     /// First frame of the block behind it; 0 while there is none.
     block: AtomicU64,
@@ -30,7 +33,7 @@ struct Region {
 
 struct Chunk {
     regions: Box<[Region]>,
-    /// Held while pages come and go; lookups of pages that exist take nothing.
+    /// Held while blocks come and go, and while pages go.
     changing: Mutex<()>,
 }
 
@@ -84,23 +87,46 @@ impl Backing {
         let (region_at, page) = (offset / BLOCK_PAGES, offset % BLOCK_PAGES);
         let chunk = self.chunk(region_at);
         let region = &chunk.regions[(region_at % CHUNK_REGIONS) as usize];
-        if region.has(page) {
-            let block = region.block.load(Ordering::Acquire);
-            if block != 0 {
+        // While a region has its block, pages come without the lock: many vCPUs fault in it.
+        let block = region.block.load(Ordering::SeqCst);
+        if block != 0 {
+            region.add(page);
+            if region.block.load(Ordering::SeqCst) == block {
                 return Ok(Pfn::new(block + page));
             }
         }
         let _changing = lock(&chunk.changing);
-        let block = match region.block.load(Ordering::Acquire) {
+        let block = match region.block.load(Ordering::SeqCst) {
             0 => {
                 let block = self.host.memory.block().ok_or(NoPage::NoMemory)?;
-                region.block.store(block.get(), Ordering::Release);
+                region.block.store(block.get(), Ordering::SeqCst);
                 block.get()
             }
             block => block,
         };
-        region.present[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::AcqRel);
+        region.add(page);
         Ok(Pfn::new(block + page))
+    }
+
+    /// Page `offset` is `pfn` since an earlier process. Whether that can be: the first page of a
+    /// region claims its block from the host, the others must lie in it.
+    pub(crate) fn adopt(&self, offset: u64, pfn: Pfn) -> bool {
+        let (region_at, page) = (offset / BLOCK_PAGES, offset % BLOCK_PAGES);
+        let Some(block) = pfn.get().checked_sub(page).filter(|_| offset < self.pages) else {
+            return false;
+        };
+        let chunk = self.chunk(region_at);
+        let region = &chunk.regions[(region_at % CHUNK_REGIONS) as usize];
+        let _changing = lock(&chunk.changing);
+        match region.block.load(Ordering::Acquire) {
+            0 if self.host.memory.reserve(Pfn::new(block)) => {
+                region.block.store(block, Ordering::Release);
+            }
+            there if there == block && block != 0 => {}
+            _ => return false,
+        }
+        region.present[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::AcqRel);
+        true
     }
 
     /// Takes pages away; how many there were.
@@ -129,9 +155,17 @@ impl Backing {
         let _changing = lock(&chunk.changing);
         let first = region_at * BLOCK_PAGES;
         let freed = region.clear(part.start - first..part.end - first);
-        let block = region.block.load(Ordering::Acquire);
-        if block != 0 && region.is_empty() {
-            region.block.store(0, Ordering::Release);
+        if region.is_empty() {
+            // Whoever adds a page after this looks at the block again and finds none; a page that
+            // came before is seen here, and keeps the block.
+            let block = region.block.swap(0, Ordering::SeqCst);
+            if block == 0 {
+                return freed;
+            }
+            if !region.is_empty() {
+                region.block.store(block, Ordering::SeqCst);
+                return freed;
+            }
             let leaked = lock(&self.leaked);
             // Model: a page that the module did not let go must not serve anybody else.
             if leaked.range(first..first + BLOCK_PAGES).next().is_none() {
@@ -173,14 +207,18 @@ impl Region {
         }
     }
 
-    fn has(&self, page: u64) -> bool {
-        self.present[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 != 0
+    /// A page comes; most often it is there.
+    fn add(&self, page: u64) {
+        let (word, bit) = (&self.present[(page / 64) as usize], 1 << (page % 64));
+        if word.load(Ordering::SeqCst) & bit == 0 {
+            word.fetch_or(bit, Ordering::SeqCst);
+        }
     }
 
     fn is_empty(&self) -> bool {
         self.present
             .iter()
-            .all(|word| word.load(Ordering::Acquire) == 0)
+            .all(|word| word.load(Ordering::SeqCst) == 0)
     }
 
     /// Clears the bits of `range`; how many were set.
@@ -190,7 +228,7 @@ impl Region {
             let (from, to) = (range.start.max(at), range.end.min(at + 64));
             if from < to {
                 let mask = (u64::MAX >> (64 - (to - from))) << (from - at);
-                let old = word.fetch_and(!mask, Ordering::AcqRel);
+                let old = word.fetch_and(!mask, Ordering::SeqCst);
                 cleared += u64::from((old & mask).count_ones());
             }
         }

@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Cache};
 use tdx_defs::{Gfn, Level, PAGE_SHIFT};
 
 use super::attributes::PrivateBits;
@@ -118,6 +118,14 @@ impl Slots {
             .cloned()
     }
 
+    /// Look-ups of one operation.
+    pub(crate) fn lookups(&self) -> Lookups<'_> {
+        Lookups {
+            table: Cache::new(&self.table),
+            at: 0,
+        }
+    }
+
     pub(crate) fn by_id(&self, slot_id: u32) -> Option<Arc<Slot>> {
         self.table
             .load()
@@ -189,5 +197,25 @@ impl Slots {
 
     pub(crate) fn clear(&self) {
         self.table.store(Arc::default());
+    }
+}
+
+/// Look-ups that share a snapshot while it is the present one, and begin with the slot that was
+/// found last. They write nothing that other threads read: a count of users that every fault
+/// changes would be a line that all vCPUs fight for.
+pub(crate) struct Lookups<'s> {
+    table: Cache<&'s ArcSwap<Table>, Arc<Table>>,
+    at: usize,
+}
+
+impl Lookups<'_> {
+    /// The slot that covers a frame now.
+    pub(crate) fn find(&mut self, gfn: Gfn) -> Option<&Arc<Slot>> {
+        let table = self.table.load();
+        let covers = |slot: &&Arc<Slot>| slot.gfns.contains(&gfn.get());
+        if table.get(self.at).filter(covers).is_none() {
+            self.at = table.partition_point(|slot| slot.gfns.end <= gfn.get());
+        }
+        table.get(self.at).filter(covers)
     }
 }

@@ -20,7 +20,6 @@ use tdx_defs::{Gfn, Level, Pfn};
 
 use super::Mmu;
 use super::arena::{ENTRIES, Slot, TableId};
-use super::change::LockMode;
 use super::iter::Step;
 use super::removal::ExternalOp;
 use super::spte;
@@ -75,6 +74,8 @@ pub(crate) struct Unit<'m> {
     top: Option<Slot>,
     chain: Vec<Link>,
     leaf_table: Option<TableId>,
+    /// First frame that the leaf table covers, or would.
+    base: Gfn,
     leaves: Vec<Leaf>,
     phase: Phase,
 }
@@ -144,6 +145,7 @@ impl Mmu {
             top: None,
             chain: Vec::new(),
             leaf_table: Some(step.slot.table),
+            base: gfn.align_down(ENTRIES as u64),
             leaves: vec![Leaf { gfn, spte: leaf }],
             phase: Phase::Held,
         })
@@ -166,6 +168,7 @@ impl Mmu {
             top: Some(step.slot),
             chain,
             leaf_table: complete.then_some(last.table),
+            base: gfn.align_down(ENTRIES as u64),
             leaves: Vec::new(),
             phase: Phase::Held,
         };
@@ -234,13 +237,22 @@ pub(crate) enum Extended {
 }
 
 impl Unit<'_> {
+    /// First frame of the leaf table.
+    pub(crate) fn gfn(&self) -> Gfn {
+        self.base
+    }
+
+    /// Whether the leaf table covers a frame.
+    pub(crate) fn covers(&self, gfn: Gfn) -> bool {
+        gfn.align_down(ENTRIES as u64) == self.base
+    }
+
     /// Adds a leaf of the same leaf table.
     pub(crate) fn extend(&mut self, gfn: Gfn, leaf: u64) -> Extended {
         let Some(table) = self.leaf_table else {
             return Extended::Outside;
         };
-        let base = self.mmu.arena.header(table).gfn();
-        if gfn.align_down(ENTRIES as u64) != base || self.leaves.len() == ENTRIES {
+        if !self.covers(gfn) || self.leaves.len() == ENTRIES {
             return Extended::Outside;
         }
         let slot = self.mmu.slot(table, Level::L4K, gfn, 0);
@@ -329,28 +341,33 @@ impl Unit<'_> {
             }
         }
         self.settle_chain(links);
-        let mut none = Vec::new();
-        let traced = mmu.tracer.is_on();
-        for leaf in &self.leaves[..leaves] {
-            let change = (spte::NP, leaf.spte);
-            mmu.handle_changed(
-                leaf.gfn,
-                Level::L4K,
-                change,
-                LockMode::Shared,
-                true,
-                &mut none,
-            );
-            if let Some(table) = self.leaf_table.filter(|_| traced) {
-                mmu.tracer.emit(|| Event::SetSpte {
-                    gfn: leaf.gfn,
-                    spte: leaf.spte,
-                    level: Level::L4K,
-                    sptep: mmu.slot(table, Level::L4K, leaf.gfn, 0).hpa(),
-                });
-            }
+        // What handle_changed_spte does of a leaf where there was nothing, for all at once.
+        if leaves > 0 {
+            mmu.account_pages(Level::L4K, i64::try_from(leaves).unwrap_or(i64::MAX));
+        }
+        if mmu.tracer.is_on() {
+            self.trace_leaves(leaves);
         }
         leaves
+    }
+
+    fn trace_leaves(&self, leaves: usize) {
+        let Some(table) = self.leaf_table else { return };
+        let mmu = self.mmu;
+        for leaf in &self.leaves[..leaves] {
+            mmu.tracer.emit(|| Event::SpteChanged {
+                gfn: leaf.gfn,
+                level: Level::L4K,
+                old_spte: spte::NP,
+                new_spte: leaf.spte,
+            });
+            mmu.tracer.emit(|| Event::SetSpte {
+                gfn: leaf.gfn,
+                spte: leaf.spte,
+                level: Level::L4K,
+                sptep: mmu.slot(table, Level::L4K, leaf.gfn, 0).hpa(),
+            });
+        }
     }
 
     /// The kernel makes a table, links it, makes the next: also one whose link then fails.

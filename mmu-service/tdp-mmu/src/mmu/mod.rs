@@ -21,10 +21,11 @@ pub(crate) mod spte;
 
 use std::collections::VecDeque;
 
+use crossbeam_utils::CachePadded;
 use tdx_defs::{Level, Pfn};
 
 use crate::bugs::Bugs;
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::trace::{Event, Tracer};
 use arena::{Arena, TableId};
@@ -46,8 +47,10 @@ pub(crate) struct Mmu {
     /// Pages for the module's tables, topped up before a fault walks
     /// (`mmu_external_spt_cache`; one cache a VM here, a table is needed once in 512 pages).
     external: Mutex<Vec<Pfn>>,
+    /// How many there are, to look at without the lock.
+    external_left: AtomicUsize,
     /// Present leaves by level, both trees.
-    pages: [AtomicU64; 3],
+    pages: CachePadded<[AtomicU64; 3]>,
     /// `possible_nx_huge_pages` under `tdp_mmu_pages_lock`, oldest first.
     nx_pages: Mutex<VecDeque<TableId>>,
     pub(crate) bugs: Bugs,
@@ -62,7 +65,8 @@ impl Mmu {
             arena: Arena::default(),
             roots: Mutex::new(Vec::new()),
             external: Mutex::new(Vec::new()),
-            pages: [const { AtomicU64::new(0) }; 3],
+            external_left: AtomicUsize::new(0),
+            pages: CachePadded::new([const { AtomicU64::new(0) }; 3]),
             nx_pages: Mutex::default(),
             bugs: Bugs::default(),
             tracer: Tracer::default(),
@@ -94,29 +98,45 @@ impl Mmu {
     }
 
     pub(crate) fn take_external(&self) -> Option<Pfn> {
-        lock(&self.external).pop()
+        let mut cache = lock(&self.external);
+        let page = cache.pop();
+        self.external_left.store(cache.len(), Ordering::Relaxed);
+        page
     }
 
     pub(crate) fn give_external(&self, page: Pfn) {
-        lock(&self.external).push(page);
+        let mut cache = lock(&self.external);
+        cache.push(page);
+        self.external_left.store(cache.len(), Ordering::Relaxed);
     }
 
     /// mmu_topup_memory_caches: below 5 pages, fills up to 40 from `alloc`.
     pub(crate) fn top_up_external(&self, mut alloc: impl FnMut() -> Option<Pfn>) -> bool {
+        // Every fault asks, and one in 512 takes a page: what it reads here hardly ever changes.
+        if self.external_left.load(Ordering::Relaxed) >= CACHE_MIN {
+            return true;
+        }
         let mut cache = lock(&self.external);
+        let mut filled = true;
         if cache.len() < CACHE_MIN {
             while cache.len() < CACHE_SIZE {
                 match alloc() {
                     Some(page) => cache.push(page),
-                    None => return cache.len() >= CACHE_MIN,
+                    None => {
+                        filled = cache.len() >= CACHE_MIN;
+                        break;
+                    }
                 }
             }
         }
-        true
+        self.external_left.store(cache.len(), Ordering::Relaxed);
+        filled
     }
 
     /// Empties the cache at the end of the VM.
     pub(crate) fn drain_external(&self) -> Vec<Pfn> {
-        std::mem::take(&mut *lock(&self.external))
+        let mut cache = lock(&self.external);
+        self.external_left.store(0, Ordering::Relaxed);
+        std::mem::take(&mut *cache)
     }
 }

@@ -51,6 +51,73 @@ pub(crate) struct Zapped {
     pub(crate) next: Option<u64>,
 }
 
+/// A leaf zap under way.
+struct LeafZap<'z> {
+    mmu: &'z Mmu,
+    held: &'z WriteGuard<'z>,
+    limit: u64,
+    is_mirror: bool,
+    ops: &'z mut Vec<ExternalOp>,
+    zapped: Zapped,
+}
+
+impl LeafZap<'_> {
+    /// Whether the walk ends in front of `gfn`.
+    fn must_stop(&mut self, gfn: Gfn) -> ControlFlow<()> {
+        let yields = !self.is_mirror && self.zapped.leaves != 0 && self.held.is_contended();
+        if self.zapped.leaves == self.limit || yields {
+            self.zapped.next = Some(gfn.get());
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn leaf(&mut self, step: &Step, gfn: Gfn) -> ControlFlow<()> {
+        self.must_stop(gfn)?;
+        self.mmu.set_spte(self.held, step, gfn, spte::NP, self.ops);
+        self.zapped.leaves += 1;
+        ControlFlow::Continue(())
+    }
+
+    /// The leaves of a table of 4 KiB entries, which stays in hand from entry to entry.
+    fn table(
+        &mut self,
+        table: TableId,
+        base: Gfn,
+        range: &Range<u64>,
+        root_bits: u64,
+    ) -> ControlFlow<()> {
+        let mmu = self.mmu;
+        let plain = self.is_mirror && !mmu.tracer.is_on();
+        let entries = mmu.arena.entries(table);
+        let frames = base.get().max(range.start)..(base.get() + ENTRIES as u64).min(range.end);
+        let before = self.zapped.leaves;
+        let walked = frames.map(Gfn::new).try_for_each(|gfn| {
+            let slot = mmu.slot(table, Level::L4K, gfn, root_bits);
+            let spte = entries[slot.index].load(Ordering::Acquire);
+            if !spte::is_leaf(spte, Level::L4K) {
+                return ControlFlow::Continue(());
+            }
+            let level = Level::L4K;
+            if !plain {
+                return self.leaf(&Step { slot, level, spte }, gfn);
+            }
+            self.must_stop(gfn)?;
+            // What tdp_mmu_set_spte does of a leaf that goes: under the write side nobody else
+            // writes to a mirror table, and the pages are counted for all of them at once.
+            entries[slot.index].store(spte::NP, Ordering::Release);
+            self.ops.push(ExternalOp::RemoveSpte { gfn, level, spte });
+            self.zapped.leaves += 1;
+            ControlFlow::Continue(())
+        });
+        if plain {
+            let gone = self.zapped.leaves - before;
+            mmu.account_pages(Level::L4K, -gone.cast_signed());
+        }
+        walked
+    }
+}
+
 impl Mmu {
     /// tdp_mmu_zap_leafs: every leaf that overlaps `range` goes to NP, at most `limit` of them. On a
     /// direct root, where nothing has to follow, the walk also stops as soon as a fault waits.
@@ -62,27 +129,31 @@ impl Mmu {
         limit: u64,
         ops: &mut Vec<ExternalOp>,
     ) -> Zapped {
-        let mut zapped = Zapped::default();
-        let is_direct = !self.arena.header(root).role().is_mirror();
-        self.visit(root, range, Level::L4K, &mut |at| {
-            if !spte::is_leaf(at.spte, at.level) {
-                return ControlFlow::Continue(());
+        let mut zap = LeafZap {
+            mmu: self,
+            held,
+            limit,
+            is_mirror: self.arena.header(root).role().is_mirror(),
+            ops,
+            zapped: Zapped::default(),
+        };
+        let root_bits = self.root_bits(root);
+        self.visit(root, range.clone(), Level::L2M, &mut |at| {
+            if spte::is_leaf(at.spte, at.level) {
+                let step = Step {
+                    slot: at.slot,
+                    level: at.level,
+                    spte: at.spte,
+                };
+                return zap.leaf(&step, at.gfn);
             }
-            let yields = is_direct && zapped.leaves != 0 && held.is_contended();
-            if zapped.leaves == limit || yields {
-                zapped.next = Some(at.gfn.get());
-                return ControlFlow::Break(());
+            let is_last = at.level == Level::L2M && spte::is_table(at.spte, at.level);
+            match TableId::linked_by(at.spte).filter(|_| is_last) {
+                Some(table) => zap.table(table, at.gfn, &range, root_bits),
+                None => ControlFlow::Continue(()),
             }
-            let step = Step {
-                slot: at.slot,
-                level: at.level,
-                spte: at.spte,
-            };
-            self.set_spte(held, &step, at.gfn, spte::NP, ops);
-            zapped.leaves += 1;
-            ControlFlow::Continue(())
         });
-        zapped
+        zap.zapped
     }
 
     /// The page text of tracepoints.

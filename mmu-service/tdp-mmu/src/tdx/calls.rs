@@ -47,14 +47,14 @@ impl Step {
         }
     }
 
-    pub(crate) fn to_seamcall(&self) -> Seamcall {
+    pub(crate) fn into_seamcall(self) -> Seamcall {
         Seamcall {
             version: self.version,
             rcx: self.rcx,
             rdx: self.rdx,
             r8: self.r8,
             r9: self.r9,
-            data: self.data.as_deref().map(<[u8]>::to_vec).unwrap_or_default(),
+            data: self.data.map(Vec::from).unwrap_or_default(),
             ..Seamcall::new(self.leaf)
         }
     }
@@ -167,6 +167,10 @@ pub(crate) fn mem_range_block(tdr: Pfn, gfn: Gfn, level: Level) -> Step {
     Step::new(Leaf::MEM_RANGE_BLOCK, sept(gfn, level), hpa(tdr))
 }
 
+pub(crate) fn mem_range_unblock(tdr: Pfn, gfn: Gfn, level: Level) -> Step {
+    Step::new(Leaf::MEM_RANGE_UNBLOCK, sept(gfn, level), hpa(tdr))
+}
+
 pub(crate) fn mem_track(tdr: Pfn) -> Step {
     Step::new(Leaf::MEM_TRACK, hpa(tdr), 0)
 }
@@ -238,7 +242,7 @@ mod tests {
                 0,
             ),
         ] {
-            let call = step.to_seamcall();
+            let call = step.into_seamcall();
             assert_eq!(
                 (call.leaf.0, call.rcx, call.rdx, call.r8),
                 (leaf, rcx, rdx, r8),

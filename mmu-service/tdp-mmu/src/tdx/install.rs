@@ -178,7 +178,7 @@ impl Hooks<'_> {
             return Ok(());
         }
         let gpa = step.rcx;
-        calls.push(step.to_seamcall());
+        calls.push(step.into_seamcall());
         tags.push(tag);
         if kind == Kind::Leaf && mode == Mode::Batched && source.is_some_and(|s| s.measure) {
             let extends = Repeat {
@@ -188,7 +188,7 @@ impl Hooks<'_> {
             };
             calls.push(
                 calls::mr_extend(self.td.tdr(), gpa)
-                    .to_seamcall()
+                    .into_seamcall()
                     .repeated(extends),
             );
             tags.push(Tag {
@@ -335,7 +335,7 @@ const READ_TRIES: u32 = 1000;
 
 impl Hooks<'_> {
     /// TDH.MEM.SEPT.RD, until it is an answer: busy says nothing about the entry.
-    fn read_entry(
+    pub(super) fn read_entry(
         &self,
         seam: &mut Seam<'_>,
         gfn: Gfn,

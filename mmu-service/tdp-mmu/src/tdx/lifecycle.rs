@@ -6,6 +6,7 @@
 use tdx_defs::{CompletionStatus, Leaf, PAGE_SIZE, Pfn, SeamcallResult, TdParams, field};
 
 use super::calls::{self, Step};
+use super::lost::surely;
 use super::remove::reclaim;
 use super::seam::{Seam, Verdict};
 use super::td::Td;
@@ -104,8 +105,18 @@ pub(crate) fn init_vcpu(
     let mut steps = vec![calls::vp_create(tdr, tdvpr)];
     steps.extend(pages[1..].iter().map(|&page| calls::vp_addcx(tdvpr, page)));
     steps.push(calls::vp_init(tdvpr, 0, x2apic_id));
+    steps.extend(vcpu_settings(tdvpr));
+    let failed = run_all(seam, &steps)?;
+    let taken = failed
+        .as_ref()
+        .map_or(pages.len(), |(at, _)| (*at).min(pages.len()));
+    Ok((taken, failed.map(|(at, result)| (steps[at].leaf, result))))
+}
+
+/// The three VMCS fields that KVM sets of a new vCPU.
+pub(crate) fn vcpu_settings(tdvpr: Pfn) -> [Step; 3] {
     let descriptor = tdvpr.base().get();
-    steps.extend([
+    [
         calls::vp_wr(tdvpr, field::POSTED_INTR_NV, POSTED_INTR_VECTOR, 0xFFFF),
         calls::vp_wr(tdvpr, field::POSTED_INTR_DESC_ADDR, descriptor, u64::MAX),
         calls::vp_wr(
@@ -114,12 +125,7 @@ pub(crate) fn init_vcpu(
             PIN_BASED_POSTED_INTR,
             PIN_BASED_POSTED_INTR,
         ),
-    ]);
-    let failed = run_all(seam, &steps)?;
-    let taken = failed
-        .as_ref()
-        .map_or(pages.len(), |(at, _)| (*at).min(pages.len()));
-    Ok((taken, failed.map(|(at, result)| (steps[at].leaf, result))))
+    ]
 }
 
 /// tdx_mmu_release_hkid: afterwards the key id is free, or stays assigned for good.
@@ -137,13 +143,15 @@ pub(crate) fn release_hkid(
         });
     };
     for &(tdvpr, lp) in vcpus {
-        let status = seam.call(&calls::vp_flush(tdvpr).on(lp))?.status();
+        let status = surely(seam, &calls::vp_flush(tdvpr).on(lp), None)?;
         if !status.is_success() && !status.is(CompletionStatus::VCPU_NOT_ASSOCIATED) {
             bug(Leaf::VP_FLUSH, status);
         }
     }
     let _tdx = lock(&host.tdx_lock);
-    let status = seam.call(&calls::mng_vpflushdone(td.tdr()))?.status();
+    // What TDH.MNG.VPFLUSHDONE and TDH.MNG.KEY.FREEID answer when they are made again.
+    let done = Some(CompletionStatus::LIFECYCLE_STATE_INCORRECT);
+    let status = surely(seam, &calls::mng_vpflushdone(td.tdr()), done)?;
     if status.is(CompletionStatus::FLUSHVP_NOT_DONE) {
         return Ok(());
     }
@@ -157,7 +165,7 @@ pub(crate) fn release_hkid(
             bug(Leaf::PHYMEM_CACHE_WB, status);
         }
     }
-    let status = seam.call(&calls::mng_key_freeid(td.tdr()))?.status();
+    let status = surely(seam, &calls::mng_key_freeid(td.tdr()), done)?;
     if !status.is_success() {
         bug(Leaf::MNG_KEY_FREEID, status);
         return Ok(());
@@ -169,11 +177,15 @@ pub(crate) fn release_hkid(
 }
 
 /// wbinvd_cpu: from the start, then resumed while a host interrupt stops it.
-fn write_back_caches(seam: &mut Seam<'_>, lp: u32) -> Result<CompletionStatus, SeamError> {
+pub(crate) fn write_back_caches(
+    seam: &mut Seam<'_>,
+    lp: u32,
+) -> Result<CompletionStatus, SeamError> {
     let mut resume = false;
     let mut tries = 0;
     loop {
-        let status = seam.call(&calls::phymem_cache_wb(resume).on(lp))?.status();
+        let resumed = Some(CompletionStatus::WBCACHE_RESUME_ERROR).filter(|_| resume);
+        let status = surely(seam, &calls::phymem_cache_wb(resume).on(lp), resumed)?;
         tries += 1;
         if !status.is(CompletionStatus::INTERRUPTED_RESUMABLE) || tries == CACHE_WB_TRIES {
             return Ok(status);
@@ -212,7 +224,7 @@ pub(crate) fn reclaim_control_pages(
     let platform = host.platform();
     let write_back =
         calls::phymem_page_wbinvd(td.tdr(), platform.global_hkid, platform.hkid_shift());
-    let written = seam.call(&write_back)?.status().is_success();
+    let written = surely(seam, &write_back, None)?.is_success();
     if written {
         host.memory.free_page(td.tdr());
     }
@@ -220,7 +232,7 @@ pub(crate) fn reclaim_control_pages(
 }
 
 /// Runs `steps` until one fails: which, and how. Informational statuses pass.
-fn run_all(
+pub(crate) fn run_all(
     seam: &mut Seam<'_>,
     steps: &[Step],
 ) -> Result<Option<(usize, SeamcallResult)>, SeamError> {

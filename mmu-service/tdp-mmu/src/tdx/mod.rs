@@ -8,6 +8,7 @@ pub(crate) mod calls;
 pub(crate) mod guest_mode;
 pub(crate) mod install;
 pub(crate) mod lifecycle;
+pub(crate) mod lost;
 pub(crate) mod remove;
 pub(crate) mod seam;
 pub(crate) mod td;

@@ -3,7 +3,9 @@
 //! Source: arch/x86/include/asm/tdx.h, `sc_retry()` (entropy). In propagation mode `kernel` each
 //! call is a message of its own; in mode `batched` neighbours travel as runs, many a message.
 
-use tdx_defs::{CompletionStatus, Leaf, PAGE_SIZE, Repeat, Seamcall, SeamcallResult};
+use std::ops::Range;
+
+use tdx_defs::{CompletionStatus, Leaf, Repeat, Seamcall, SeamcallResult};
 
 use super::calls::Step;
 use crate::counts::Counts;
@@ -115,7 +117,7 @@ impl<'a> Seam<'a> {
     pub(crate) fn call(&mut self, step: &Step) -> Result<SeamcallResult, SeamError> {
         let mut tries = 0;
         loop {
-            let sent = self.submit(step.lp, vec![step.to_seamcall()]);
+            let sent = self.submit(step.lp, vec![step.clone().into_seamcall()]);
             let results = self.wait(sent)?;
             let result = results.first().copied().ok_or_else(|| SeamError::Unknown {
                 reason: format!("no result for {}", step.leaf),
@@ -135,10 +137,24 @@ impl<'a> Seam<'a> {
         steps: &[Step],
         judge: &mut dyn FnMut(&mut Counts, usize, &SeamcallResult) -> Verdict,
     ) -> Result<(), SeamError> {
-        let mut pending: Vec<usize> = (0..steps.len()).collect();
+        let runs = runs_of(steps.len(), |first, at| {
+            let (first, second) = (&steps[first], &steps[first + 1]);
+            let (before, step) = (&steps[at - 1], &steps[at]);
+            alike(first, step) && strides(first, second) == strides(before, step)
+        });
+        self.script_of(runs, &|at| steps[at].clone(), judge)
+    }
+
+    /// The same for calls that `step` makes by their number, in runs as [`runs_of`] finds them.
+    pub(crate) fn script_of(
+        &mut self,
+        mut pending: Vec<Range<usize>>,
+        step: &dyn Fn(usize) -> Step,
+        judge: &mut dyn FnMut(&mut Counts, usize, &SeamcallResult) -> Verdict,
+    ) -> Result<(), SeamError> {
         let mut no_entropy = 0;
         while !pending.is_empty() {
-            let (lp, calls, taken) = self.pack(steps, &pending);
+            let (lp, calls, taken) = self.pack(step, &pending);
             let sent = self.submit(lp, calls);
             let results = self.wait(sent)?;
             if results.is_empty() {
@@ -146,65 +162,125 @@ impl<'a> Seam<'a> {
                     reason: "no result for a batch".into(),
                 });
             }
-            let mut done = vec![false; taken.last().map_or(0, |range| range.end)];
-            for (range, result) in taken.into_iter().zip(&results) {
+            let mut left = Vec::new();
+            let mut results = results.iter();
+            let mut behind = pending.into_iter();
+            let mut now = behind.next();
+            for range in taken {
+                // What the message took is in front of what is pending, in the same order.
+                now = match now.take() {
+                    Some(run) if range.end < run.end => Some(range.end..run.end),
+                    _ => behind.next(),
+                };
+                let Some(result) = results.next() else {
+                    left.push(range);
+                    continue;
+                };
                 let good = range.start + (result.completed as usize).min(range.len());
-                done[range.start..good].fill(true);
                 if good == range.end {
                     continue;
                 }
-                if result.rax == CompletionStatus::RND_NO_ENTROPY.0
+                let again = if result.rax == CompletionStatus::RND_NO_ENTROPY.0
                     && no_entropy + 1 < ENTROPY_TRIES
                 {
                     no_entropy += 1;
-                    continue;
-                }
-                match judge(&mut self.counts, pending[good], result) {
-                    Verdict::Again => {}
-                    Verdict::Next => done[good] = true,
-                    Verdict::Stop => return Ok(()),
+                    true
+                } else {
+                    match judge(&mut self.counts, good, result) {
+                        Verdict::Again => true,
+                        Verdict::Next => false,
+                        Verdict::Stop => return Ok(()),
+                    }
+                };
+                let from = good + usize::from(!again);
+                if from < range.end {
+                    left.push(from..range.end);
                 }
             }
-            let mut at = 0;
-            pending.retain(|_| {
-                at += 1;
-                !done.get(at - 1).copied().unwrap_or(false)
-            });
+            left.extend(now);
+            left.extend(behind);
+            pending = left;
         }
         Ok(())
     }
 
-    /// The next message: logical processor, calls, and which pending steps each call stands for.
+    /// The next message: logical processor, calls, and which steps each call stands for.
     fn pack(
         &self,
-        steps: &[Step],
-        pending: &[usize],
-    ) -> (Option<u32>, Vec<Seamcall>, Vec<std::ops::Range<usize>>) {
-        let lp = steps[pending[0]].lp;
+        step: &dyn Fn(usize) -> Step,
+        pending: &[Range<usize>],
+    ) -> (Option<u32>, Vec<Seamcall>, Vec<Range<usize>>) {
+        let lp = step(pending[0].start).lp;
         let mut calls: Vec<Seamcall> = Vec::new();
-        let mut taken: Vec<std::ops::Range<usize>> = Vec::new();
-        for (at, &index) in pending.iter().enumerate() {
-            let step = &steps[index];
-            if step.lp != lp || (self.mode == Mode::Kernel && at == 1) {
-                break;
-            }
-            let joined = match (calls.last_mut(), taken.last_mut()) {
-                (Some(run), Some(range)) => {
-                    let joined = join(run, step);
-                    range.end += usize::from(joined);
-                    joined
+        let mut taken: Vec<Range<usize>> = Vec::new();
+        for run in pending {
+            let mut at = run.start;
+            while at < run.end {
+                let first = step(at);
+                let full =
+                    calls.len() == MAX_CALLS || (self.mode == Mode::Kernel && !calls.is_empty());
+                if first.lp != lp || full {
+                    return (lp, calls, taken);
                 }
-                _ => false,
-            };
-            if !joined {
-                if calls.len() == MAX_CALLS {
-                    break;
-                }
-                calls.push(step.to_seamcall());
-                taken.push(at..at + 1);
+                let count = match self.mode {
+                    Mode::Kernel => 1,
+                    Mode::Batched => (run.end - at).min(MAX_REPEAT as usize),
+                };
+                let repeat = (count > 1).then(|| repeat(&first, &step(at + 1), count));
+                calls.push(Seamcall {
+                    repeat,
+                    ..first.into_seamcall()
+                });
+                taken.push(at..at + count);
+                at += count;
             }
         }
         (lp, calls, taken)
+    }
+}
+
+/// The longest runs among `count` steps, from the front: `goes_on(first, at)` says whether step `at`
+/// follows the one before it as the second step of the run follows its `first`.
+pub(crate) fn runs_of(count: usize, goes_on: impl Fn(usize, usize) -> bool) -> Vec<Range<usize>> {
+    let mut runs = Vec::new();
+    let mut first = 0;
+    for at in 1..=count {
+        if at == count || !goes_on(first, at) {
+            runs.push(first..at);
+            first = at;
+        }
+    }
+    runs
+}
+
+/// Whether two steps may be calls of one run.
+fn alike(one: &Step, other: &Step) -> bool {
+    let no_data = one.data.is_none() && other.data.is_none();
+    no_data
+        && one.leaf == other.leaf
+        && one.version == other.version
+        && one.rdx == other.rdx
+        && one.lp == other.lp
+}
+
+/// Registers of one step less those of the other: what a run adds after each call.
+fn strides(from: &Step, to: &Step) -> [i64; 3] {
+    let stride = |from: u64, to: u64| to.wrapping_sub(from).cast_signed();
+    [
+        stride(from.rcx, to.rcx),
+        stride(from.r8, to.r8),
+        stride(from.r9, to.r9),
+    ]
+}
+
+fn repeat(first: &Step, second: &Step, count: usize) -> Repeat {
+    let [rcx_stride, r8_stride, r9_stride] = strides(first, second);
+    Repeat {
+        // At most MAX_REPEAT.
+        count: u32::try_from(count).unwrap_or(MAX_REPEAT),
+        rcx_stride,
+        r8_stride,
+        r9_stride,
     }
 }
 
@@ -215,40 +291,29 @@ pub(crate) fn join(run: &mut Seamcall, step: &Step) -> bool {
         && run.rdx == step.rdx
         && run.data.is_empty()
         && step.data.is_none();
-    if !same {
+    if !same || run.count() >= MAX_REPEAT {
         return false;
     }
-    let count = i64::from(run.count());
-    let strides = match run.repeat {
-        Some(repeat) => (repeat.rcx_stride, repeat.r8_stride, repeat.r9_stride),
-        None => (
-            step.rcx.wrapping_sub(run.rcx).cast_signed(),
-            step.r8.wrapping_sub(run.r8).cast_signed(),
-            step.r9.wrapping_sub(run.r9).cast_signed(),
-        ),
+    let stride = |first: u64, now: u64| now.wrapping_sub(first).cast_signed();
+    let Some(repeat) = &mut run.repeat else {
+        // Any two calls make a run.
+        run.repeat = Some(Repeat {
+            count: 2,
+            rcx_stride: stride(run.rcx, step.rcx),
+            r8_stride: stride(run.r8, step.r8),
+            r9_stride: stride(run.r9, step.r9),
+        });
+        return true;
     };
-    // Only neighbours make a run: pages, or chunks of a page.
-    let near = |stride: i64| stride.unsigned_abs() <= PAGE_SIZE;
+    let count = i64::from(repeat.count);
     let follows = |first: u64, stride: i64, now: u64| {
         first.wrapping_add_signed(stride.wrapping_mul(count)) == now
     };
-    let joins = near(strides.0)
-        && near(strides.1)
-        && near(strides.2)
-        && run.count() < MAX_REPEAT
-        && follows(run.rcx, strides.0, step.rcx)
-        && follows(run.r8, strides.1, step.r8)
-        && follows(run.r9, strides.2, step.r9);
-    if !joins {
-        return false;
-    }
-    run.repeat = Some(Repeat {
-        count: run.count() + 1,
-        rcx_stride: strides.0,
-        r8_stride: strides.1,
-        r9_stride: strides.2,
-    });
-    true
+    let joins = follows(run.rcx, repeat.rcx_stride, step.rcx)
+        && follows(run.r8, repeat.r8_stride, step.r8)
+        && follows(run.r9, repeat.r9_stride, step.r9);
+    repeat.count += u32::from(joins);
+    joins
 }
 
 #[cfg(all(test, not(feature = "shuttle")))]

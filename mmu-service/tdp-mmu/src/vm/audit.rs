@@ -111,7 +111,9 @@ struct Auditing<'a> {
 impl Auditing<'_> {
     fn ask_about(&mut self, table: TableId, level: Level, base: Gfn) -> Vec<Question> {
         let limit = self.vm.mmu.layout.gfn_limit();
+        // Pages behind entries, so that calls of one leaf follow each other.
         let mut questions = Vec::with_capacity(ENTRIES);
+        let mut pages = Vec::new();
         for index in 0..ENTRIES {
             let gfn = base.offset(index as u64 * level.pages());
             if gfn.get() >= limit {
@@ -123,7 +125,7 @@ impl Auditing<'_> {
                 SpteKind::Leaf => {
                     self.report.leaves += 1;
                     let page = spte::pfn(spte);
-                    questions.push(Question::Page {
+                    pages.push(Question::Page {
                         gfn,
                         level,
                         page,
@@ -135,7 +137,7 @@ impl Auditing<'_> {
                     let external = TableId::linked_by(spte)
                         .and_then(|table| self.vm.mmu.arena.header(table).external());
                     match external {
-                        Some(page) => questions.push(Question::Page {
+                        Some(page) => pages.push(Question::Page {
                             gfn,
                             level,
                             page,
@@ -148,15 +150,16 @@ impl Auditing<'_> {
                 SpteKind::NotPresent | SpteKind::Mmio => {}
             }
         }
+        questions.append(&mut pages);
         questions
     }
 
     fn call(&self, question: &Question) -> Seamcall {
         match *question {
             Question::Entry { gfn, level, .. } => {
-                calls::mem_sept_rd(self.vm.td.tdr(), gfn, level).to_seamcall()
+                calls::mem_sept_rd(self.vm.td.tdr(), gfn, level).into_seamcall()
             }
-            Question::Page { page, .. } => calls::phymem_page_rdmd(page).to_seamcall(),
+            Question::Page { page, .. } => calls::phymem_page_rdmd(page).into_seamcall(),
         }
     }
 

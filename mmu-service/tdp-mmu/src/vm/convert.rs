@@ -16,6 +16,7 @@ use super::{Mode, Vm};
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
+use crate::ledger::Note;
 use crate::memory::slots::Slot;
 use crate::mmu::lock::WriteGuard;
 use crate::mmu::removal::ExternalOp;
@@ -61,7 +62,16 @@ impl Vm {
         }
         let mut seam = self.seam(0);
         let slots = self.slots.overlapping(&range);
-        let store = || {
+        let mut kept = Ok(());
+        let mut store = || {
+            // The frames have no mapping of the old kind by now, so either attribute is true.
+            kept = self.note(Note::Attributes {
+                gfns: range.clone(),
+                private,
+            });
+            if kept.is_err() {
+                return;
+            }
             lock(&self.private).set(range.clone(), private);
             for slot in &slots {
                 let from = range.start.max(slot.gfns.start) - slot.gfns.start;
@@ -71,7 +81,9 @@ impl Vm {
         };
         if slots.is_empty() {
             store();
-            return Ok(self.finish(seam));
+            let counts = self.finish(seam);
+            kept?;
+            return Ok(counts);
         }
         // Mappings of the old kind go.
         let filter = if private {
@@ -83,7 +95,9 @@ impl Vm {
         let ranges = std::slice::from_ref(&range);
         let zapped = self.zap_ranges_within(&mut seam, &ends, ranges, filter, store);
         let counts = self.finish(seam);
-        zapped.map(|()| counts).map_err(Into::into)
+        zapped?;
+        kept?;
+        Ok(counts)
     }
 
     /// The partly covered huge ranges at both ends that become mixed: a fault must not make a
@@ -296,10 +310,15 @@ impl Vm {
     }
 
     /// The module may still hold the page behind a private frame.
-    fn leak(&self, gfn: Gfn) {
+    pub(super) fn leak(&self, gfn: Gfn) {
         if let Some(slot) = self.slots.find(gfn)
             && let Some(gmem) = &slot.gmem
         {
+            if let Ok(page) = gmem.get(slot.offset(gfn))
+                && let Err(error) = self.note(Note::Kept(page))
+            {
+                tracing::warn!(%error, %page, "a page that the module kept is not written down");
+            }
             gmem.leak(slot.offset(gfn));
         }
     }

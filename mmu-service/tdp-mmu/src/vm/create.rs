@@ -4,24 +4,28 @@
 
 use std::sync::Arc;
 
-use tdx_defs::{Gpaw, Leaf, TdParams, field};
+use tdx_defs::{Gpaw, Leaf, PageType, Pfn, SeamcallResult, TdParams, field};
 
 use super::{Vm, VmConfig};
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
 use crate::host::Host;
+use crate::ledger::{Forgetful, Ledger, Note, TdRecord};
 use crate::mmu::Mmu;
 use crate::mmu::layout::{Layout, VmKind};
 use crate::seam::{Batch, SeamError, SeamPort, Ticket};
 use crate::sync::{Mutex, lock};
-use crate::tdx::calls;
+use crate::tdx::calls::{self, Step};
 use crate::tdx::lifecycle::{self, expect, out_of_memory};
+use crate::tdx::lost::{LOST_TRIES, page_type};
 use crate::tdx::seam::Seam;
 use crate::tdx::td::{Td, TdState};
 
 /// CONFIG_FLAGS bit 2: RBP is preserved across TDVMCALLs, which KVM always asks for.
 const CONFIG_FLAGS_PRESERVE_RBP: u64 = 1 << 2;
+/// TDCS.OP_STATE of a TD that is finalised.
+pub(super) const OP_STATE_RUNNABLE: u64 = 2;
 /// Guest TSC frequency in units of 25 MHz.
 const TSC_25MHZ: u16 = 100;
 
@@ -54,18 +58,32 @@ impl Vm {
 
     /// KVM_CREATE_VM: an ordinary VM, or one that is to be a TD. The module does not hear of it.
     pub fn new(host: Arc<Host>, port: Arc<dyn SeamPort>, config: VmConfig) -> Self {
+        Self::kept_in(host, port, config, Arc::new(Forgetful))
+    }
+
+    /// The same, for a VM whose notes go to `ledger`, so that [`Recovery`](crate::Recovery) can
+    /// make it again.
+    pub fn kept_in(
+        host: Arc<Host>,
+        port: Arc<dyn SeamPort>,
+        config: VmConfig,
+        ledger: Arc<dyn Ledger>,
+    ) -> Self {
         // A VM with private memory has no SMM address space.
         let (td, address_spaces) = match config.kind {
             VmKind::Td => (Td::new(), 1),
             VmKind::Ordinary => (Td::none(), 2),
         };
+        let mmu = Mmu::new(Layout::new(config.gpaw, config.kind));
+        mmu.bugs.keep_in(Arc::clone(&ledger));
         Self {
             td,
             // Model: the guest's address width comes with the VM, not with KVM_TDX_INIT_VM, so
             // that one description says all there is to know of it.
-            mmu: Mmu::new(Layout::new(config.gpaw, config.kind)),
+            mmu,
             host,
             port,
+            ledger,
             nx_huge_pages: super::AtomicBool::new(config.nx_huge_pages),
             config,
             slots: super::Slots::new(address_spaces),
@@ -106,6 +124,18 @@ impl Vm {
             self.host.hkids.free(hkid);
             return Err(out_of_memory(&self.host));
         };
+        let record = TdRecord {
+            tdr: pages[0],
+            hkid,
+            pages: pages[1..].to_vec(),
+        };
+        if let Err(error) = self.note(Note::Td(record)) {
+            pages
+                .into_iter()
+                .for_each(|page| self.host.memory.free_page(page));
+            self.host.hkids.free(hkid);
+            return Err(error.into());
+        }
         self.td.assign(pages.remove(0), hkid);
         let mut seam = self.seam(0);
         match lifecycle::init_td(&self.host, &mut seam, &self.td, &params, &pages) {
@@ -122,7 +152,15 @@ impl Vm {
     }
 
     /// The normal key release and reclaim, for a TD that did not get through INIT_VM.
-    fn undo_init(&self, seam: &mut Seam<'_>, pages: &[tdx_defs::Pfn], error: &VmError) {
+    fn undo_init(&self, seam: &mut Seam<'_>, pages: &[Pfn], error: &VmError) {
+        let is_lost = matches!(error, VmError::Seam(SeamError::Unknown { .. }));
+        let made = is_lost.then(|| self.find_made(seam, pages));
+        if let Some(Err(error)) = &made {
+            // The pages and the key id stay out of use: the module may have them.
+            self.mmu.bugs.kill(Check::Unsettled, || error.to_string());
+            return;
+        }
+        let nothing_found = matches!(made, Some(Ok(false)));
         let added = lock(&self.td.tdcs).clone();
         pages
             .iter()
@@ -130,22 +168,24 @@ impl Vm {
             .for_each(|&page| {
                 self.host.memory.free_page(page);
             });
-        let nothing_made = matches!(
-            error,
-            VmError::Refused {
-                leaf: Leaf::MNG_CREATE,
-                ..
-            } | VmError::Busy {
-                leaf: Leaf::MNG_CREATE,
-                ..
-            } | VmError::Seam(SeamError::NotSent { .. } | SeamError::Restarted { .. })
-        );
+        let nothing_made = nothing_found
+            || matches!(
+                error,
+                VmError::Refused {
+                    leaf: Leaf::MNG_CREATE,
+                    ..
+                } | VmError::Busy {
+                    leaf: Leaf::MNG_CREATE,
+                    ..
+                } | VmError::Seam(SeamError::NotSent { .. } | SeamError::Restarted { .. })
+            );
         if nothing_made {
             self.host.memory.free_page(self.td.tdr());
             self.td.forget_tdr();
             if let Some(hkid) = self.td.release_hkid() {
                 self.host.hkids.free(hkid);
             }
+            self.note_end_of_td();
             return;
         }
         let released = lifecycle::release_hkid(&self.host, seam, &self.td, &self.mmu.bugs, &[]);
@@ -154,6 +194,29 @@ impl Vm {
             let leaked = lifecycle::reclaim_control_pages(&self.host, seam, &self.td).unwrap_or(1);
             self.leaked.fetch_add(leaked, super::Ordering::Relaxed);
             self.td.forget_tdr();
+            if leaked == 0 {
+                self.note_end_of_td();
+            }
+        }
+    }
+
+    /// What TDH.MNG.CREATE and TDH.MNG.ADDCX did whose answers were lost. Whether there is a TD.
+    fn find_made(&self, seam: &mut Seam<'_>, pages: &[Pfn]) -> Result<bool, SeamError> {
+        let is_td = page_type(seam, self.td.tdr())? == PageType::TDR;
+        let mut added = Vec::new();
+        for &page in pages {
+            if page_type(seam, page)? == PageType::TDCX {
+                added.push(page);
+            }
+        }
+        *lock(&self.td.tdcs) = added;
+        Ok(is_td)
+    }
+
+    /// Should the note be lost, the module itself shows that the TD is gone.
+    pub(crate) fn note_end_of_td(&self) {
+        if let Err(error) = self.note(Note::NoTd) {
+            tracing::warn!(%error, "the end of a TD is not written down");
         }
     }
 
@@ -165,8 +228,7 @@ impl Vm {
         self.alive()?;
         self.needs("KVM_TDX_FINALIZE_VM", TdState::Initialized)?;
         let mut seam = self.seam(0);
-        let result = seam.call(&calls::mr_finalize(self.td.tdr()))?;
-        let finalized = expect(Leaf::MR_FINALIZE, &result);
+        let finalized = self.make_final(&mut seam);
         if let Err(VmError::Refused { status, .. }) = &finalized {
             // Without a vCPU the module refuses, and nothing is broken.
             if !status.is(tdx_defs::CompletionStatus::NO_VCPUS) {
@@ -189,13 +251,41 @@ impl Vm {
         Ok((mrtd, self.finish(seam)))
     }
 
-    fn read_mrtd(&self, seam: &mut Seam<'_>) -> Result<[u8; 48], VmError> {
+    /// A call that changes nothing is made again when its answer is lost.
+    fn look(&self, seam: &mut Seam<'_>, step: &Step) -> Result<SeamcallResult, SeamError> {
+        let mut lost = 0;
+        loop {
+            match seam.call(step) {
+                Err(SeamError::Unknown { .. }) if lost < LOST_TRIES => lost += 1,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// TDH.MR.FINALIZE. Where its answer is lost, TDCS.OP_STATE tells.
+    fn make_final(&self, seam: &mut Seam<'_>) -> Result<(), VmError> {
+        let mut lost = 0;
+        loop {
+            match seam.call(&calls::mr_finalize(self.td.tdr())) {
+                Ok(result) => return expect(Leaf::MR_FINALIZE, &result),
+                Err(SeamError::Unknown { .. }) if lost < LOST_TRIES => lost += 1,
+                Err(error) => return Err(error.into()),
+            }
+            let state = seam.call(&calls::mng_rd(self.td.tdr(), field::TDCS_OP_STATE))?;
+            expect(Leaf::MNG_RD, &state)?;
+            if state.r8 == OP_STATE_RUNNABLE {
+                return Ok(());
+            }
+        }
+    }
+
+    pub(super) fn read_mrtd(&self, seam: &mut Seam<'_>) -> Result<[u8; 48], VmError> {
         let steps: Vec<_> = (0..6)
             .map(|word| calls::mng_rd(self.td.tdr(), field::TDCS_MRTD + word))
             .collect();
         let mut mrtd = [0; 48];
         for (step, word) in steps.iter().zip(mrtd.chunks_exact_mut(8)) {
-            let result = seam.call(step)?;
+            let result = self.look(seam, step)?;
             expect(Leaf::MNG_RD, &result)?;
             word.copy_from_slice(&result.r8.to_le_bytes());
         }

@@ -16,6 +16,8 @@ use super::{Mode, Vm};
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
+use crate::ledger::Note;
+use crate::mmu::arena::Arena;
 use crate::mmu::roots::{Filter, RootTypes};
 use crate::seam::SeamError;
 use crate::sync::atomic::Ordering;
@@ -37,6 +39,10 @@ impl Vm {
             return Ok((Counts::default(), self.leaked.load(Ordering::Relaxed)));
         }
         let slots = lock(&self.slots_lock);
+        if let Err(error) = self.note(Note::Going) {
+            // A process that comes after this one finds a VM with less memory.
+            tracing::warn!(%error, "the end of a VM is not written down");
+        }
         let vcpus = self.vcpus.load_full();
         let mut runs: Vec<_> = vcpus.iter().map(|vcpu| lock(&vcpu.run)).collect();
         let mut seam = Seam::new(&*self.port, mode, 0);
@@ -53,6 +59,7 @@ impl Vm {
         }
         self.slots.clear();
         self.check_end();
+        Arena::collect_deferred();
         drop((runs, slots));
         let counts = self.finish(seam);
         match torn {

@@ -12,7 +12,7 @@
 //!   zap never meets a FROZEN mirror entry.
 //! - F2  Nobody waits for another vCPU while it holds entries: what is held is settled first.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use tdx_defs::{CompletionStatus, Gfn, Leaf, Level, Visibility};
 
@@ -23,7 +23,7 @@ use super::vcpu::Vcpu;
 use super::wanted::{Ended, Mapping, Wanted};
 use super::{Mode, RetPf, Vm, spans};
 use crate::error::VmError;
-use crate::memory::slots::Slot;
+use crate::memory::slots::{Lookups, Slot};
 use crate::mmu::arena::TableId;
 use crate::mmu::direct::{DirectFault, Installed, Target};
 use crate::mmu::fast::Fast;
@@ -79,12 +79,15 @@ struct Flight<'a> {
 
 /// The faults of one operation.
 pub(super) struct Faulting<'a> {
-    vm: &'a Vm,
+    pub(super) vm: &'a Vm,
     vcpu: &'a Vcpu,
     roots: Roots,
+    pub(super) slots: Lookups<'a>,
     pub(super) seam: Seam<'a>,
     held: Option<ReadGuard<'a>>,
     units: Vec<Unit<'a>>,
+    /// Which unit holds entries of a region of 2 MiB, when there are more than a few.
+    by_region: HashMap<u64, usize>,
     /// Tables and leaves of `units`.
     ops: usize,
     waiting: Vec<Waiting>,
@@ -101,9 +104,11 @@ impl<'a> Faulting<'a> {
             vm,
             vcpu,
             roots,
+            slots: vm.slots.lookups(),
             seam,
             held: None,
             units: Vec::new(),
+            by_region: HashMap::new(),
             ops: 0,
             waiting: Vec::new(),
             flights: VecDeque::new(),
@@ -239,7 +244,7 @@ impl<'a> Faulting<'a> {
         {
             return installed;
         }
-        let resolved = match self.vm.resolve(&wanted) {
+        let resolved = match self.vm.resolve(&mut self.slots, &wanted) {
             Ok(resolved) => resolved,
             Err(Early::Ret(RetPf::Retry)) => return Pass::Wait,
             Err(Early::SlotGoing) => return Pass::Ended(Ok(RetPf::Retry), None),
@@ -459,7 +464,7 @@ impl<'a> Faulting<'a> {
 
     /// Holds the entries and leaves the call for a message that others share.
     fn map_later(&mut self, wanted: Wanted, leaf: u64, tries: u32, mirror: TableId) -> Pass {
-        for at in (0..self.units.len()).rev().take(MAX_UNITS) {
+        if let Some(at) = self.unit_over(wanted.gfn) {
             match self.units[at].extend(wanted.gfn, leaf) {
                 Extended::Added => return self.hold(wanted, tries, at),
                 Extended::Mapped { spte } => return self.hit(spte),
@@ -474,13 +479,37 @@ impl<'a> Faulting<'a> {
         match self.begin(mirror, wanted.gfn, leaf, Depth::Chain) {
             Begin::Held(unit) => {
                 self.ops += unit.links();
-                self.units.push(unit);
+                self.add(unit);
                 self.hold(wanted, tries, self.units.len() - 1)
             }
             Begin::Mapped { spte } => self.hit(spte),
             Begin::Frozen => Pass::Wait,
             Begin::Lost => Pass::Again,
             Begin::NoMemory => self.no_memory(tries),
+        }
+    }
+
+    /// The unit that holds entries of the leaf table of `gfn`.
+    fn unit_over(&self, gfn: Gfn) -> Option<usize> {
+        let last = self.units.len().checked_sub(1)?;
+        if self.units[last].covers(gfn) {
+            return Some(last);
+        }
+        if self.by_region.is_empty() {
+            return (0..last).rev().find(|&at| self.units[at].covers(gfn));
+        }
+        self.by_region.get(&region(gfn)).copied()
+    }
+
+    /// Takes a unit into the message. Beyond a few their regions are looked up.
+    fn add(&mut self, unit: Unit<'a>) {
+        self.units.push(unit);
+        if self.units.len() <= MAX_UNITS {
+            return;
+        }
+        let known = self.by_region.len();
+        for (at, unit) in self.units.iter().enumerate().skip(known) {
+            self.by_region.insert(region(unit.gfn()), at);
         }
     }
 
@@ -514,6 +543,7 @@ impl<'a> Faulting<'a> {
             self.settle_one();
         }
         self.ops = 0;
+        self.by_region.clear();
         let units = std::mem::take(&mut self.units);
         let waiting = std::mem::take(&mut self.waiting);
         let sent = self.vm.hooks().send(&mut self.seam, units, None);
@@ -585,6 +615,11 @@ impl<'a> Faulting<'a> {
         };
         self.end(wanted, result, None);
     }
+}
+
+/// Number of the 2 MiB region of a frame.
+fn region(gfn: Gfn) -> u64 {
+    gfn.get() / Level::L2M.pages()
 }
 
 #[inline]

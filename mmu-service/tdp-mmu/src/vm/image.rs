@@ -14,6 +14,7 @@ use super::{InitRegion, Measure, Mode, Vm};
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
+use crate::ledger::Note;
 use crate::memory::backing::NoPage;
 use crate::mmu::arena::TableId;
 use crate::mmu::mirror::{Begin, Depth, Extended, Unit};
@@ -57,10 +58,13 @@ impl Vm {
         let mirror = roots.mirror.ok_or_else(|| out_of_memory(&self.host))?;
         let mut seam = self.seam(vcpu.lp);
         let _population = lock(&self.gmem_lock);
+        let is_measured = region.measure != Measure::No;
+        if is_measured {
+            self.note(Note::Measuring(true))?;
+        }
         let outcome = match region.measure {
             Measure::ExtendOnly => self.extend_range(&mut seam, mirror, &range),
-            measure => {
-                let page = SourcePage::new(&self.host)?;
+            measure => SourcePage::new(&self.host).and_then(|page| {
                 let first = Gfn::new(range.start);
                 let measure = measure == Measure::Extend;
                 let source = Source {
@@ -79,9 +83,12 @@ impl Vm {
                     Mode::Kernel => image.page_by_page(&mut seam, &pages),
                     Mode::Batched => image.chunk_by_chunk(&mut seam, &pages),
                 }
-            }
+            }),
         };
         run.counts += &seam.counts;
+        if is_measured && !self.mmu.bugs.is_dead() {
+            self.note(Note::Measuring(false))?;
+        }
         outcome.map(|()| seam.counts)
     }
 
@@ -146,6 +153,11 @@ impl Vm {
         seam.script(&steps, &mut |_, _, result| {
             failed = Some(result.status());
             Verdict::Stop
+        })
+        .inspect_err(|error| {
+            self.mmu.bugs.kill(Check::Unsettled, || {
+                format!("the measurement is unknown: {error}")
+            });
         })?;
         match failed {
             None => Ok(()),

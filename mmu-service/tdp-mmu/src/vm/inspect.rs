@@ -97,7 +97,7 @@ impl Vm {
     fn read_module(&self, gfn: tdx_defs::Gfn, entries: &mut [WalkEntry]) -> Result<(), VmError> {
         let reads = entries.iter().map(|entry| {
             let base = gfn.align_down(entry.level.pages());
-            calls::mem_sept_rd(self.td.tdr(), base, entry.level).to_seamcall()
+            calls::mem_sept_rd(self.td.tdr(), base, entry.level).into_seamcall()
         });
         let mut seam = self.looking();
         let sent = seam.submit(None, reads.collect());

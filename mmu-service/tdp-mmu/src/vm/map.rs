@@ -224,7 +224,7 @@ impl Vm {
         {
             let reads = part
                 .iter()
-                .map(|&gfn| calls::mem_sept_rd(tdr, Gfn::new(gfn), Level::L4K).to_seamcall());
+                .map(|&gfn| calls::mem_sept_rd(tdr, Gfn::new(gfn), Level::L4K).into_seamcall());
             flights.push(seam.submit(None, reads.collect()));
         }
         let mut cells = picture.cells.iter_mut();

@@ -37,6 +37,8 @@ pub(crate) enum Vmcall {
     },
     /// User space has to convert a chunk first.
     MapGpa(MapGpa),
+    /// The guest may have made a call of which nobody knows any more: it is told that it failed.
+    Lost,
     /// User space has to emulate an access first.
     Mmio {
         /// Whether the guest reads.
@@ -76,6 +78,10 @@ pub(crate) enum Next {
     /// User space is next.
     Exit(Vmcall, RunExit),
 }
+
+/// What a guest gets whose call was lost with the process that had it in hand. Nothing of the call
+/// is certain, so it must not look done; a guest may make it again.
+pub(crate) const LOST: u64 = INVALID_OPERAND;
 
 fn answered(r10: u64, r11: u64) -> Next {
     Next::Enter(Vmcall::Answered { r10, r11 })
@@ -150,7 +156,7 @@ fn mmio(regs: &Gprs, layout: &GpaLayout) -> Next {
 /// is 0 for success, or with the value of a read.
 pub(crate) fn complete(pending: Vmcall, ret: u64, has_event: bool, layout: &GpaLayout) -> Next {
     match pending {
-        Vmcall::Answered { .. } => Next::Enter(pending),
+        Vmcall::Answered { .. } | Vmcall::Lost => Next::Enter(pending),
         Vmcall::Mmio { read } => answered(SUCCESS, if read { ret } else { 0 }),
         Vmcall::MapGpa(map) if ret != 0 => answered(INVALID_OPERAND, map.chunk),
         Vmcall::MapGpa(map) if map.chunk_end() == map.end => answered(SUCCESS, 0),

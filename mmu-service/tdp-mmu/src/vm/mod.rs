@@ -22,6 +22,7 @@ mod map;
 mod map_gpa;
 mod mmio;
 mod prefault;
+mod recover;
 mod resolve;
 mod roots;
 mod run;
@@ -39,6 +40,7 @@ use crate::bugs::Bugs;
 use crate::counts::Counts;
 use crate::error::VmError;
 use crate::host::Host;
+use crate::ledger::{Ledger, LedgerError, Note};
 use crate::memory::attributes::PrivateRanges;
 use crate::memory::invalidate::Invalidation;
 use crate::memory::slots::Slots;
@@ -51,6 +53,7 @@ use crate::tdx::seam::Seam;
 use crate::tdx::td::{Td, TdState};
 use level::WriteTracked;
 pub use map::{Held, MAX_MAP_CELLS, Map, MapCell};
+pub use recover::{Recovered, Recovery, Settled};
 pub use run::{RunExit, RunReport, RunRequest};
 pub use types::{
     AuditReport, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, InitRegion, Measure,
@@ -62,6 +65,8 @@ use vcpu::Vcpu;
 pub struct Vm {
     host: Arc<Host>,
     port: Arc<dyn SeamPort>,
+    /// Where the notes go that another process must know.
+    ledger: Arc<dyn Ledger>,
     config: VmConfig,
     pub(crate) mmu: Mmu,
     td: Td,
@@ -98,8 +103,19 @@ impl Vm {
 
     /// KVM_ENABLE_CAP of KVM_CAP_EXIT_HYPERCALL: whether a guest's MapGPA leaves to user space. It
     /// does unless switched off.
-    pub fn set_exit_hypercall(&self, exits: bool) {
+    pub fn set_exit_hypercall(&self, exits: bool) -> Result<(), VmError> {
+        let _slots = lock(&self.slots_lock);
+        self.note(Note::Settings {
+            nx_huge_pages: self.nx_huge_pages.load(Ordering::Acquire),
+            exit_hypercall: exits,
+        })?;
         self.exit_hypercall.store(exits, Ordering::Release);
+        Ok(())
+    }
+
+    /// Writes down what is about to happen.
+    pub(crate) fn note(&self, note: Note) -> Result<(), LedgerError> {
+        self.ledger.note(note)
     }
 
     fn exits_hypercall(&self) -> bool {

@@ -5,9 +5,11 @@
 //! "accessed" clear.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use tdx_defs::{Gfn, PAGE_SHIFT, PAGE_SIZE, Visibility};
 
+use super::fault::Roots;
 use super::faulting::Faulting;
 use super::wanted::{GuestWalk, Wanted};
 use super::{RetPf, Vm};
@@ -44,7 +46,7 @@ impl Vm {
         let mut gfn = range.start;
         while gfn < range.end {
             let index = usize::try_from(gfn - range.start).unwrap_or(usize::MAX);
-            let wanted = self.prefetch(index, Gfn::new(gfn));
+            let wanted = faulting.prefetch(index, Gfn::new(gfn));
             faulting.push(wanted);
             // A fault on shared memory has ended by now: a huge page is done up to its end.
             let next = match faulting.ended.last() {
@@ -54,7 +56,7 @@ impl Vm {
                 _ => gfn + 1,
             };
             let next = next.min(range.end);
-            done.collect(&mut faulting, range.start..range.end);
+            done.collect(self, roots, &mut faulting, range.start..range.end);
             if done.failed.is_some() {
                 break;
             }
@@ -64,36 +66,13 @@ impl Vm {
             gfn = next;
         }
         faulting.finish();
-        done.collect(&mut faulting, range);
+        done.collect(self, roots, &mut faulting, range);
         let seam = faulting.into_seam();
         run.counts += &seam.counts;
         progress(done.in_front() * PAGE_SIZE);
         match done.failed {
             Some((0, error)) => Err(error),
             _ => Ok(seam.counts),
-        }
-    }
-
-    /// The kind of access follows the attribute of the frame.
-    fn prefetch(&self, index: usize, gfn: Gfn) -> Wanted {
-        let slot = self.slots.find(gfn);
-        let visibility = match self.is_private(slot.as_deref(), gfn) {
-            true => Visibility::Private,
-            false => Visibility::Shared,
-        };
-        let access = Access {
-            write: false,
-            exec: false,
-        };
-        Wanted {
-            index,
-            gfn,
-            visibility,
-            access,
-            present: false,
-            prefetch: true,
-            guest_walk: GuestWalk::Unknown,
-            offset: 0,
         }
     }
 
@@ -129,16 +108,47 @@ impl Vm {
     }
 }
 
+impl Faulting<'_> {
+    /// The kind of access follows the attribute of the frame.
+    fn prefetch(&mut self, index: usize, gfn: Gfn) -> Wanted {
+        let slot = self.slots.find(gfn);
+        let visibility = match self.vm.is_private(slot.map(Arc::as_ref), gfn) {
+            true => Visibility::Private,
+            false => Visibility::Shared,
+        };
+        let access = Access {
+            write: false,
+            exec: false,
+        };
+        Wanted {
+            index,
+            gfn,
+            visibility,
+            access,
+            present: false,
+            prefetch: true,
+            guest_walk: GuestWalk::Unknown,
+            offset: 0,
+        }
+    }
+}
+
 /// How far a prefault got.
 #[derive(Default)]
-struct Done {
+pub(super) struct Done {
     pages: u64,
     /// The first page that could not be done, by its place in the range.
-    failed: Option<(usize, VmError)>,
+    pub(super) failed: Option<(usize, VmError)>,
 }
 
 impl Done {
-    fn collect(&mut self, faulting: &mut Faulting<'_>, range: Range<u64>) {
+    pub(super) fn collect(
+        &mut self,
+        vm: &Vm,
+        roots: Roots,
+        faulting: &mut Faulting<'_>,
+        range: Range<u64>,
+    ) {
         for ended in faulting.ended.drain(..) {
             let pages = ended.level().pages();
             let error = match ended.result {
@@ -148,7 +158,11 @@ impl Done {
                     continue;
                 }
                 Ok(RetPf::Emulate) => VmError::NoMemory(ended.gfn.base()),
-                Ok(_) => VmError::SlotGoing(ended.gfn.base()),
+                // Model: the kernel repeats while RETRY, until a signal; here the caller does.
+                Ok(_) if vm.mmu.is_obsolete(roots.direct) => {
+                    VmError::RootObsolete(ended.gfn.base())
+                }
+                Ok(_) => VmError::Unstable(ended.gfn.base()),
                 Err(error) => error,
             };
             if self

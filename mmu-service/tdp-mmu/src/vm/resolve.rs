@@ -13,7 +13,7 @@ use super::{RetPf, Vm};
 use crate::bugs::Check;
 use crate::error::{MemoryFault, VmError, errno};
 use crate::memory::backing::NoPage;
-use crate::memory::slots::Slot;
+use crate::memory::slots::{Lookups, Slot};
 use crate::memory::user::NoHostPage;
 use crate::sync::lock;
 use crate::tdx::lifecycle::out_of_memory;
@@ -66,7 +66,11 @@ impl Vm {
         }
     }
 
-    pub(super) fn resolve(&self, wanted: &Wanted) -> Result<Resolved, Early> {
+    pub(super) fn resolve(
+        &self,
+        slots: &mut Lookups<'_>,
+        wanted: &Wanted,
+    ) -> Result<Resolved, Early> {
         let Wanted {
             gfn,
             visibility,
@@ -87,8 +91,8 @@ impl Vm {
             Visibility::Private => 0,
             Visibility::Shared => self.slots.generation(),
         };
-        let slot = self.slots.find(gfn);
-        if self.is_private(slot.as_deref(), gfn) != wants_private {
+        let slot = slots.find(gfn);
+        if self.is_private(slot.map(Arc::as_ref), gfn) != wants_private {
             let reason = if wants_private {
                 "a private access to a shared frame"
             } else {
@@ -125,15 +129,15 @@ impl Vm {
             return Err(Early::Ret(RetPf::Emulate));
         }
         let page = match visibility {
-            Visibility::Private => self.private_page(&slot, gfn)?,
-            Visibility::Shared => self.user_page(&slot, gfn, wanted.access.write)?,
+            Visibility::Private => self.private_page(slot, gfn)?,
+            Visibility::Shared => self.user_page(slot, gfn, wanted.access.write)?,
         };
         if self.invalidation.retry(seq, gfn) {
             return Err(Early::Ret(RetPf::Retry));
         }
         Ok(Resolved {
             page: Some(page),
-            slot: (!wants_private).then_some(slot),
+            slot: (!wants_private).then(|| Arc::clone(slot)),
             seq,
             generation,
         })

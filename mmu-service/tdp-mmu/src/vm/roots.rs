@@ -11,6 +11,7 @@ use tdx_defs::{Gfn, Gpa, Level};
 use super::{RootInfo, Vm};
 use crate::counts::Counts;
 use crate::error::VmError;
+use crate::ledger::Note;
 use crate::mmu::lock::WriteGuard;
 use crate::mmu::roots::{Filter, RootTypes};
 use crate::sync::atomic::Ordering;
@@ -81,6 +82,10 @@ impl Vm {
     pub fn set_nx_huge_pages(&self, on: bool) -> Result<(), VmError> {
         let _slots = lock(&self.slots_lock);
         self.alive()?;
+        self.note(Note::Settings {
+            nx_huge_pages: on,
+            exit_hypercall: self.exits_hypercall(),
+        })?;
         if self.nx_huge_pages.swap(on, Ordering::AcqRel) != on {
             self.zap_fast();
         }

@@ -442,15 +442,19 @@ impl Runner<'_> {
             rcx: self.run.tdvpr().base().get(),
             ..Seamcall::new(Leaf::VP_ENTER)
         };
-        if let Some(Vmcall::Answered { r10, r11 }) = self.run.vmcall {
-            (call.r10, call.r11) = (r10, r11);
+        match self.run.vmcall {
+            Some(Vmcall::Answered { r10, r11 }) => (call.r10, call.r11) = (r10, r11),
+            Some(Vmcall::Lost) => call.r10 = map_gpa::LOST,
+            _ => {}
         }
         self.counts.seamcalls.add(Leaf::VP_ENTER, 1);
         match self.port.enter(self.vcpu.lp, call) {
             Ok(Entry::Entered { vmcall }) => {
                 self.inside = true;
                 self.entries += 1;
-                if self.run.vmcall.take().is_some() {
+                let pending = self.run.vmcall.take();
+                // Only the module knows whether the guest had made one that was lost.
+                if pending.is_some() && (pending != Some(Vmcall::Lost) || vmcall.is_some()) {
                     // The guest's own call returns only now.
                     self.done.push(GuestStep::Resumed(Resumed {
                         regs: vmcall,

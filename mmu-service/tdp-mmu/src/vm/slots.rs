@@ -11,6 +11,7 @@ use tdx_defs::{PAGE_SHIFT, PAGE_SIZE};
 use super::{DirtyLogMode, Vm};
 use crate::counts::Counts;
 use crate::error::VmError;
+use crate::ledger::Note;
 use crate::memory::attributes::PrivateBits;
 use crate::memory::backing::Backing;
 use crate::memory::dirty::DirtyLog;
@@ -71,12 +72,20 @@ impl Vm {
 
     /// The caller holds slots_lock.
     fn create_slot(&self, spec: SlotSpec, range: Range<u64>) -> Result<Counts, VmError> {
-        let pages = range.end - range.start;
         if self.slots.all().len() >= MAX_SLOTS {
             let reason = format!("the VM has its {MAX_SLOTS} slots");
             return Err(VmError::invalid("slot.slot_id", reason));
         }
         self.check_overlap(&spec, &range)?;
+        self.note(Note::Slot(spec))?;
+        let wrapped = self.slots.insert(self.new_slot(spec, range));
+        self.after_swap(wrapped);
+        Ok(Counts::default())
+    }
+
+    /// A slot with nothing behind it yet.
+    pub(crate) fn new_slot(&self, spec: SlotSpec, range: Range<u64>) -> Slot {
+        let pages = range.end - range.start;
         let host = || Arc::clone(&self.host);
         let log = DirtyLog::default();
         if spec.log_dirty {
@@ -85,7 +94,7 @@ impl Vm {
                 self.config.dirty_log == DirtyLogMode::ManualInitiallySet,
             );
         }
-        let wrapped = self.slots.insert(Slot {
+        Slot {
             spec,
             gmem: spec.guest_memfd.then(|| Backing::new(host(), pages)),
             user: Arc::new(UserMemory::new(
@@ -99,9 +108,7 @@ impl Vm {
             private: self.private_bits(&range),
             gfns: range,
             going: AtomicBool::new(false),
-        });
-        self.after_swap(wrapped);
-        Ok(Counts::default())
+        }
     }
 
     fn check_overlap(&self, spec: &SlotSpec, range: &Range<u64>) -> Result<(), VmError> {
@@ -154,13 +161,19 @@ impl Vm {
             let all_set = self.config.dirty_log == DirtyLogMode::ManualInitiallySet;
             old.log.enable(range.end - range.start, all_set);
         }
+        let spec = SlotSpec {
+            // The memory is the one that was there.
+            host_page_size: old.spec.host_page_size,
+            demand_zero: old.spec.demand_zero,
+            ..spec
+        };
+        let kept = self.note(Note::Slot(spec));
+        if let Err(error) = kept {
+            old.going.store(false, Ordering::Release);
+            return Err(error.into());
+        }
         let slot = Slot {
-            spec: SlotSpec {
-                // The memory is the one that was there.
-                host_page_size: old.spec.host_page_size,
-                demand_zero: old.spec.demand_zero,
-                ..spec
-            },
+            spec,
             gmem: None,
             user: Arc::clone(&old.user),
             log: Arc::clone(&old.log),
@@ -207,6 +220,12 @@ impl Vm {
         let slot = self.slots.by_id(slot_id).ok_or(VmError::NoSlot(slot_id))?;
         let mut seam = self.seam(0);
         let zapped = self.zap_slot(&mut seam, &slot);
+        if let Err(error) = self.note(Note::NoSlot(slot_id)) {
+            // It stays, empty.
+            slot.going.store(false, Ordering::Release);
+            self.finish(seam);
+            return Err(error.into());
+        }
         self.note_leaks(&slot);
         let wrapped = self.slots.remove(slot_id);
         self.after_swap(wrapped);

@@ -5,6 +5,7 @@ use tdx_defs::{Gfn, Gpaw, Leaf, Level, Pfn, Visibility};
 use super::fault::Roots;
 use super::faulting::Faulting;
 use super::mmio::Mmio;
+use super::prefault::Done;
 use super::resolve::Early;
 use super::wanted::{GuestWalk, Wanted};
 use super::*;
@@ -91,6 +92,64 @@ fn r15_a_vcpu_that_goes_puts_both_roots() {
 }
 
 #[test]
+fn a_prefault_whose_root_is_obsolete_says_so() {
+    let rig = Rig::new();
+    let vm = rig.ordinary(VmConfig::default());
+    vm.set_user_memory_region(common::user_slot(0, 0, 8))
+        .unwrap();
+    let vcpu = vm.vcpu(0).unwrap();
+    let roots = vm.roots_of(&vcpu, &mut lock(&vcpu.run)).unwrap();
+    // Between the look at the roots and the first page.
+    vm.zap_all_fast().unwrap();
+    let mut faulting = Faulting::new(&vm, &vcpu, roots, vm.seam(vcpu.lp));
+    faulting.push(wanted(GFN, Visibility::Shared, true));
+    faulting.finish();
+    let mut done = Done::default();
+    done.collect(&vm, roots, &mut faulting, 1..2);
+    let (_, error) = done.failed.unwrap();
+    assert_eq!(error, VmError::RootObsolete(GFN.base()));
+    assert_eq!(error.errno(), errno::EAGAIN);
+    assert!(error.to_string().contains("obsolete"), "{error}");
+    // The next call loads a new root.
+    let mut bytes = 0;
+    vm.pre_fault_memory(0, 0x1000, 0x1000, &mut |done| bytes = done)
+        .unwrap();
+    assert_eq!(bytes, 0x1000);
+}
+
+#[test]
+fn a_prefault_that_loses_its_root_half_way_tells_how_far_it_came() {
+    // Behind this many pages a prefault tells how far it is.
+    const STRIDE: u64 = 4096;
+    let rig = Rig::new();
+    let vm = rig.ordinary(VmConfig::default());
+    let pages = STRIDE * 2;
+    vm.set_user_memory_region(common::user_slot(0, 0, pages))
+        .unwrap();
+    let mut done = 0;
+    std::thread::scope(|scope| {
+        let mut zap = None;
+        let mut zap_once = |bytes| {
+            done = bytes;
+            if zap.is_some() {
+                return;
+            }
+            zap = Some(scope.spawn(|| vm.zap_all_fast().unwrap()));
+            // The prefault holds the read side; it makes way once a writer waits.
+            while !vm.mmu.lock.is_wanted() {
+                std::thread::yield_now();
+            }
+        };
+        vm.pre_fault_memory(0, 0, pages << 12, &mut zap_once)
+            .unwrap();
+    });
+    assert_eq!(done, STRIDE << 12);
+    vm.pre_fault_memory(0, done, STRIDE << 12, &mut |bytes| done = bytes)
+        .unwrap();
+    assert_eq!(done, STRIDE << 12);
+}
+
+#[test]
 fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
     let (rig, vm) = e4(Mode::Batched);
     vm.slots
@@ -99,7 +158,10 @@ fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
         .going
         .store(true, Ordering::SeqCst);
     let early = vm
-        .resolve(&wanted(GFN, Visibility::Private, false))
+        .resolve(
+            &mut vm.slots.lookups(),
+            &wanted(GFN, Visibility::Private, false),
+        )
         .err()
         .unwrap();
     assert!(matches!(early, Early::SlotGoing));
@@ -117,7 +179,10 @@ fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
 fn d15_a_frame_with_the_shared_bit_is_a_bug() {
     let (_rig, vm) = e4(Mode::Batched);
     let alias = Gfn::new(1 | vm.mmu.layout.direct_bits());
-    let Err(Early::Error(error)) = vm.resolve(&wanted(alias, Visibility::Shared, false)) else {
+    let Err(Early::Error(error)) = vm.resolve(
+        &mut vm.slots.lookups(),
+        &wanted(alias, Visibility::Shared, false),
+    ) else {
         panic!("resolved");
     };
     assert_eq!(error.errno(), errno::EFAULT);
@@ -487,7 +552,10 @@ fn an_mmio_entry_is_no_younger_than_the_slots_that_were_asked() {
     let rig = Rig::new();
     let vm = rig.ordinary(VmConfig::default());
     vm.load_mmu(0).unwrap();
-    let Ok(resolved) = vm.resolve(&wanted(GFN, Visibility::Shared, false)) else {
+    let Ok(resolved) = vm.resolve(
+        &mut vm.slots.lookups(),
+        &wanted(GFN, Visibility::Shared, false),
+    ) else {
         panic!("no slot is no error");
     };
     // The slot comes after the look-up and before the entry.

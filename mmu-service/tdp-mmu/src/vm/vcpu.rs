@@ -17,6 +17,7 @@ use super::mmio::MmioCache;
 use crate::bugs::Check;
 use crate::counts::Counts;
 use crate::error::VmError;
+use crate::ledger::Note;
 use crate::mmu::arena::TableId;
 use crate::mmu::role::RootKind;
 use crate::sync::{Mutex, MutexGuard, lock};
@@ -61,7 +62,7 @@ impl Run {
     }
 
     /// The vCPU has been through KVM_TDX_INIT_VCPU.
-    fn became_known(&mut self, pages: Vec<Pfn>) {
+    pub(crate) fn became_known(&mut self, pages: Vec<Pfn>) {
         self.pages = pages;
         self.is_associated = true;
     }
@@ -81,6 +82,7 @@ impl Vm {
         if !self.is_td() {
             let vcpu = self.new_vcpu()?;
             let id = vcpu.id;
+            self.note(Note::Vcpu { vcpu_id: id })?;
             self.publish_vcpu(vcpu);
             return Ok((id, Counts::default()));
         }
@@ -92,6 +94,10 @@ impl Vm {
         lock(&vcpu.run).became_known(pages);
         let id = vcpu.id;
         self.publish_vcpu(vcpu);
+        // Should the note be lost: the module shows that the vCPU is there.
+        if let Err(error) = self.note(Note::Vcpu { vcpu_id: id }) {
+            tracing::warn!(%error, vcpu = id, "the creation of a vCPU is not written down");
+        }
         Ok((id, counts))
     }
 
@@ -106,6 +112,7 @@ impl Vm {
         }
         let vcpu = self.new_vcpu()?;
         let id = vcpu.id;
+        self.note(Note::Vcpu { vcpu_id: id })?;
         self.publish_vcpu(vcpu);
         Ok(id)
     }
@@ -131,7 +138,7 @@ impl Vm {
         Ok(counts)
     }
 
-    fn new_vcpu(&self) -> Result<Vcpu, VmError> {
+    pub(crate) fn new_vcpu(&self) -> Result<Vcpu, VmError> {
         let vcpus = self.vcpus.load();
         if vcpus.len() >= usize::from(self.config.max_vcpus) {
             let reason = format!("the VM has its {} vCPUs", self.config.max_vcpus);
@@ -155,7 +162,7 @@ impl Vm {
         })
     }
 
-    fn publish_vcpu(&self, vcpu: Vcpu) {
+    pub(crate) fn publish_vcpu(&self, vcpu: Vcpu) {
         let mut longer = (*self.vcpus.load_full()).clone();
         longer.push(Arc::new(vcpu));
         self.vcpus.store(Arc::new(longer));
@@ -169,6 +176,20 @@ impl Vm {
             .memory
             .pages(self.host.platform().tdvps_pages)
             .ok_or_else(|| out_of_memory(&self.host))?;
+        let vcpu_id = vcpu.id;
+        let free = |pages: &[Pfn]| {
+            pages
+                .iter()
+                .for_each(|&page| self.host.memory.free_page(page));
+        };
+        let announced = Note::VcpuPages {
+            vcpu_id,
+            pages: pages.clone(),
+        };
+        if let Err(error) = self.note(announced) {
+            free(&pages);
+            return Err(error.into());
+        }
         let mut seam = self.seam(vcpu.lp);
         let made = {
             let _held = self.mmu.lock.write();
@@ -184,10 +205,11 @@ impl Vm {
         };
         if let Some((leaf, result)) = failed {
             let (held, unused) = pages.split_at(taken);
-            unused
-                .iter()
-                .for_each(|&page| self.host.memory.free_page(page));
-            if !held.is_empty() {
+            free(unused);
+            if held.is_empty() {
+                // Should the note be lost: the module shows that it has none of the pages.
+                let _ = self.note(Note::NoVcpuPages { vcpu_id });
+            } else {
                 self.leaked
                     .fetch_add(held.len() as u64, super::Ordering::Relaxed);
                 self.mmu.bugs.bug(Check::Seamcall, || {

@@ -17,7 +17,7 @@ use crate::td::Td;
 
 pub(crate) use entry::{HeldEntry, SeptOperand, Tree};
 pub(crate) use l2::{L2_VMS, L2Tables, l2_fail, l2_operand};
-pub(crate) use page::{FreePages, Taken};
+pub(crate) use page::{FreePages, SamePages, Taken};
 pub(crate) use td::{LockedTd, OpStateLock, Running};
 
 /// Something that the model's invariants rule out. Answered as a fatal TD, the module's own way

@@ -177,3 +177,46 @@ impl<'m> FreePages<'m> {
         self.range = None;
     }
 }
+
+/// 4 KiB pages for the calls of a run that only look at them. While they come from one 2 MiB range,
+/// the range is held and only the page itself is locked anew.
+pub(crate) struct SamePages<'m> {
+    module: &'m Module,
+    range: Option<HeldRange<'m>>,
+}
+
+impl<'m> SamePages<'m> {
+    pub(crate) fn new(module: &'m Module) -> Self {
+        Self {
+            module,
+            range: None,
+        }
+    }
+
+    /// PAGE: a page of an expected type, locked shared and let go at once.
+    pub(crate) fn check(
+        &mut self,
+        hpa: Hpa,
+        operand: OperandId,
+        expected: PageType,
+    ) -> Result<(), Fail> {
+        let hpa = self
+            .module
+            .check_page_address(hpa.get(), PAGE_SIZE, operand)?;
+        if let Some(entry) = self.range.as_ref().and_then(|range| range.entry(hpa)) {
+            let _page = entry
+                .try_lock(LockMode::Shared)
+                .map_err(|_| busy(operand))?;
+            if entry.page_type() != expected {
+                return Err(Status::PAGE_METADATA_INCORRECT.with(operand).into());
+            }
+            return Ok(());
+        }
+        self.range = None;
+        let page = self
+            .module
+            .lock_page(hpa.get(), operand, LockMode::Shared, expected)?;
+        self.range = page.split(hpa).map(|(_, range)| range);
+        Ok(())
+    }
+}

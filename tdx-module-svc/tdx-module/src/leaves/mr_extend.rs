@@ -3,43 +3,66 @@
 //! Source: TDX module source, tdh_mr_extend.c. RCX GPA, RDX TDR; RCX and RDX describe the entry on
 //! a Secure EPT error.
 
-use tdx_defs::{CompletionStatus as Status, Gpa, Hpa, Leaf, OperandId};
+use tdx_defs::{CompletionStatus as Status, Gpa, Hpa, Leaf, OperandId, PAGE_SIZE};
 
 use crate::checks::{OpStateLock, Running, check_integrity, invalid, with_details};
-use crate::dispatch::{Cx, Outcome, Run};
+use crate::dispatch::{Cx, Fail, Outcome, Run};
 use crate::locks::LockMode;
-use crate::measure::{CHUNK_SIZE, Measurement};
+use crate::measure::CHUNK_SIZE;
+use crate::memory::{PAGE, Page, offset_in_page};
 
 pub(crate) fn mr_extend(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
     let td = cx.lock_tdr(run.take_tdr(), OperandId::RDX, LockMode::Exclusive)?;
     let running = td.check_state(cx, Leaf::MR_EXTEND, OpStateLock::None)?;
     let mut measurement = td.measurement();
+    let mut source = Source {
+        gpa: None,
+        content: Box::new([0; PAGE]),
+    };
     run.each(|regs| {
         let gpa = Gpa::new(std::mem::take(&mut regs.rcx));
-        extend(cx, &running, &mut measurement, gpa)
+        if !gpa.is_aligned(CHUNK_SIZE as u64) {
+            return Err(invalid(OperandId::RCX));
+        }
+        running.check_gpa(gpa)?;
+        source.look_at(cx, &running, gpa)?;
+        let at = offset_in_page(gpa.get());
+        measurement.chunk_extended(gpa, &source.content[at..at + CHUNK_SIZE]);
+        Ok(())
     })
 }
 
-/// One chunk.
-fn extend(cx: &Cx<'_>, running: &Running<'_>, measurement: &mut Measurement, gpa: Gpa) -> Outcome {
-    if !gpa.is_aligned(CHUNK_SIZE as u64) {
-        return Err(invalid(OperandId::RCX));
-    }
-    running.check_gpa(gpa)?;
-    let found = running.walk_towards(gpa, 0)?;
-    if !found.value.has_rights() || !found.value.is_leaf() {
-        let status = Status::EPT_ENTRY_NOT_PRESENT.with(OperandId::RCX);
-        return Err(with_details(status, found.value, found.slot.level));
-    }
-    if !found.value.state().allows(Leaf::MR_EXTEND) {
-        return Err(Status::EPT_ENTRY_NOT_PRESENT.into());
-    }
+/// The 4 KiB that chunks come from. The TDR is held exclusively: neither the entry nor what the
+/// page holds changes between the chunks of one page.
+struct Source {
+    /// Where `content` was found.
+    gpa: Option<Gpa>,
+    content: Box<Page>,
+}
 
-    let mut chunk = [0; CHUNK_SIZE];
-    let source = address_in(found.value.page(), gpa, found.slot.level);
-    check_integrity(running.td, cx.module.private.read(source, &mut chunk))?;
-    measurement.chunk_extended(gpa, &chunk);
-    Ok(())
+impl Source {
+    fn look_at(&mut self, cx: &Cx<'_>, running: &Running<'_>, gpa: Gpa) -> Result<(), Fail> {
+        let page = Gpa::new(gpa.get() & !(PAGE_SIZE - 1));
+        if self.gpa == Some(page) {
+            return Ok(());
+        }
+        self.gpa = None;
+        let found = running.walk_towards(gpa, 0)?;
+        if !found.value.has_rights() || !found.value.is_leaf() {
+            let status = Status::EPT_ENTRY_NOT_PRESENT.with(OperandId::RCX);
+            return Err(with_details(status, found.value, found.slot.level));
+        }
+        if !found.value.state().allows(Leaf::MR_EXTEND) {
+            return Err(Status::EPT_ENTRY_NOT_PRESENT.into());
+        }
+        let source = address_in(found.value.page(), page, found.slot.level);
+        check_integrity(
+            running.td,
+            cx.module.private.read(source, &mut self.content[..]),
+        )?;
+        self.gpa = Some(page);
+        Ok(())
+    }
 }
 
 /// The byte of a page at `level` that `gpa` names.

@@ -6,15 +6,16 @@
 
 use tdx_defs::{OperandId, PageType};
 
-use crate::checks::invalid;
-use crate::dispatch::{Cx, Outcome, Regs};
-use crate::locks::LockMode;
+use crate::checks::{SamePages, invalid};
+use crate::dispatch::{Cx, Outcome, Run};
 
-pub(crate) fn phymem_page_wbinvd(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
+pub(crate) fn phymem_page_wbinvd(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
     let module = cx.module;
-    let page = module
-        .host_address(regs.rcx)
-        .ok_or(invalid(OperandId::RCX))?;
-    let _page = module.lock_page(page.get(), OperandId::RCX, LockMode::Shared, PageType::NDA)?;
-    Ok(())
+    let mut pages = SamePages::new(module);
+    run.each_as_it_is(|regs| {
+        let page = module
+            .host_address(regs.rcx)
+            .ok_or(invalid(OperandId::RCX))?;
+        pages.check(page, OperandId::RCX, PageType::NDA)
+    })
 }
