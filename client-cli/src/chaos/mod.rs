@@ -1,8 +1,8 @@
 //! `mmuctl chaos`: several VMs at work while calls are busy or late, replies get lost, connections
 //! break and processes are killed; then everything has to be right.
 //!
-//! [`plan`] says what happens, from a seed; [`worker`] is the user of one VM; [`strike`] brings a
-//! round's one strike about; [`stack`] is the two processes. Kills hang on the calls that the
+//! `plan` says what happens, from a seed; `worker` is the user of one VM; `strike` brings a
+//! round's one strike about; `stack` is the two processes. Kills hang on the calls that the
 //! module counts and not on the clock, so that a seed repeats as far as VMs that work side by side
 //! can be repeated.
 
