@@ -31,7 +31,7 @@ use crate::local::ProcessMemory;
 use crate::replay;
 use crate::stop::Stop;
 use plan::{OPS_A_ROUND, Round};
-use stack::{READY_LIMIT, Stack, keeps_state};
+use stack::{READY_LIMIT, Stack};
 use tally::Tally;
 use worker::Worker;
 
@@ -212,7 +212,7 @@ async fn rounds(
     let mut memory = Growth::default();
     let mut number = 0;
     loop {
-        let round = Round::new(plan.seed, number, plan.vms, keeps_state());
+        let round = Round::new(plan.seed, number, plan.vms);
         workers = one_round(&round, workers, stack, &mut control, tally).await?;
         quiet(&mut control, &mut workers, stack, tally).await?;
         let kills = {
