@@ -30,7 +30,7 @@ mod status;
 mod store;
 mod web;
 
-pub use access::{Access, CallerTls};
+pub use access::{Access, CallerTls, RULES};
 pub use cli::{Error, cli_main};
 pub use config::{Command, Config, DEFAULT_LISTEN, DEFAULT_MODULE, Limits, Link, Page, Tracing};
 pub use linked::{Linked, LinkedError, link_to};

@@ -32,7 +32,7 @@ transport::reasons! {
         "too many requests or operations are in work, of all VMs or of this one; nothing has run",
         "send it again after the delay";
     BUSY: Aborted, "`RetryInfo`, `errno` EBUSY or EAGAIN",
-        "the module stayed busy for the whole retry budget, or the slot is about to go",
+        "the module stayed busy for the whole retry budget, the slot is about to go, or a prefault lost its root or met changes all the time",
         "send it again after the delay";
     MODULE_UNREACHABLE: Unavailable, "`RetryInfo`, `errno` EIO",
         "the module does not answer",

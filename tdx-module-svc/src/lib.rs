@@ -49,6 +49,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, health_reporter};
 use transport::{AdmissionLayer, Listener, ServeError};
 
+pub use access::RULES;
 pub use cli::cli_main;
 pub use config::Config;
 pub use platform::{AreaFlag, FeaturesFlag, HkidRange, PlatformFileError, PlatformFlags, TdmrFlag};

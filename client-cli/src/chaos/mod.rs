@@ -1,8 +1,8 @@
 //! `mmuctl chaos`: several VMs at work while calls are busy or late, replies get lost, connections
 //! break and processes are killed; then everything has to be right.
 //!
-//! [`plan`] says what happens, from a seed; [`worker`] is the user of one VM; [`strike`] brings a
-//! round's one strike about; [`stack`] is the two processes. Kills hang on the calls that the
+//! `plan` says what happens, from a seed; `worker` is the user of one VM; `strike` brings a
+//! round's one strike about; `stack` is the two processes. Kills hang on the calls that the
 //! module counts and not on the clock, so that a seed repeats as far as VMs that work side by side
 //! can be repeated.
 
@@ -31,7 +31,7 @@ use crate::local::ProcessMemory;
 use crate::replay;
 use crate::stop::Stop;
 use plan::{OPS_A_ROUND, Round};
-use stack::{READY_LIMIT, Stack, keeps_state};
+use stack::{READY_LIMIT, Stack};
 use tally::Tally;
 use worker::Worker;
 
@@ -212,7 +212,7 @@ async fn rounds(
     let mut memory = Growth::default();
     let mut number = 0;
     loop {
-        let round = Round::new(plan.seed, number, plan.vms, keeps_state());
+        let round = Round::new(plan.seed, number, plan.vms);
         workers = one_round(&round, workers, stack, &mut control, tally).await?;
         quiet(&mut control, &mut workers, stack, tally).await?;
         let kills = {

@@ -198,7 +198,7 @@ fn towards(phase: Phase, rng: &mut Rng) -> (Vec<Op>, usize) {
 }
 
 impl Strike {
-    fn new(rng: &mut Rng, round: u64, vms: usize, kill_mmu: bool) -> (Self, Vec<Op>) {
+    fn new(rng: &mut Rng, round: u64, vms: usize) -> (Self, Vec<Op>) {
         const PHASES: [Phase; 5] = [
             Phase::Populate,
             Phase::Convert,
@@ -210,9 +210,9 @@ impl Strike {
         let phase = PHASES[usize::try_from(round).unwrap_or(0) % PHASES.len()];
         let blow = match rng.u32(0..10) {
             // Of the kills two thirds.
-            0..4 if kill_mmu => Blow::KillMmu,
-            0..2 | 4 => Blow::KillModule,
-            2..4 | 5 => Blow::Abort { after: rng.bool() },
+            0..4 => Blow::KillMmu,
+            4 => Blow::KillModule,
+            5 => Blow::Abort { after: rng.bool() },
             6..8 => Blow::Cut,
             _ => Blow::LoseReply,
         };
@@ -297,9 +297,8 @@ fn noise(rng: &mut Rng) -> Vec<FaultRule> {
 }
 
 impl Round {
-    /// Round `number`, from 0 on, of a seed. The MMU service is among what is killed with
-    /// `kill_mmu`.
-    pub(super) fn new(seed: u64, number: u64, vms: usize, kill_mmu: bool) -> Self {
+    /// Round `number`, from 0 on, of a seed.
+    pub(super) fn new(seed: u64, number: u64, vms: usize) -> Self {
         let mut ops: Vec<Vec<Op>> = (0..vms)
             .map(|vm| {
                 let mut rng = rng(seed, number, 1 + vm as u64);
@@ -307,7 +306,7 @@ impl Round {
             })
             .collect();
         let mut rng = rng(seed, number, 0);
-        let (strike, struck) = Strike::new(&mut rng, number, vms, kill_mmu);
+        let (strike, struck) = Strike::new(&mut rng, number, vms);
         ops[strike.worker] = struck;
         Self {
             ops,
@@ -326,10 +325,10 @@ mod tests {
     #[test]
     fn a_seed_repeats_its_rounds_and_another_has_others() {
         for round in 0..50 {
-            let one = Round::new(7, round, 4, true);
-            assert_eq!(one, Round::new(7, round, 4, true));
-            assert_ne!(one, Round::new(8, round, 4, true));
-            assert_ne!(one, Round::new(7, round + 1, 4, true));
+            let one = Round::new(7, round, 4);
+            assert_eq!(one, Round::new(7, round, 4));
+            assert_ne!(one, Round::new(8, round, 4));
+            assert_ne!(one, Round::new(7, round + 1, 4));
         }
     }
 
@@ -338,7 +337,7 @@ mod tests {
         let mut met = HashSet::new();
         let (mut kills, mut mmu) = (0, 0);
         for round in 0..100 {
-            let Round { ops, strike, .. } = Round::new(3, round, 4, true);
+            let Round { ops, strike, .. } = Round::new(3, round, 4);
             met.insert((strike.phase.name(), std::mem::discriminant(&strike.blow)));
             assert_eq!(ops.len(), 4);
             assert!(ops.iter().all(|ops| ops.len() == OPS_A_ROUND));
@@ -354,8 +353,6 @@ mod tests {
             mmu >= kills,
             "{mmu} kills of the MMU service, {kills} others"
         );
-        let without = (0..100).map(|round| Round::new(3, round, 4, false).strike.blow);
-        assert!(without.into_iter().all(|blow| blow != Blow::KillMmu));
     }
 
     #[test]

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::CommandFactory as _;
 use tempfile::TempDir;
 
 use crate::local::child::Role;
@@ -14,8 +13,6 @@ use crate::stop::Stop;
 pub(super) const READY_LIMIT: Duration = Duration::from_secs(60);
 /// How long a process takes to be gone whose connections are.
 const DYING_LIMIT: Duration = Duration::from_secs(5);
-/// Name of the MMU service's record of its VMs in the private directory.
-const STATE: &str = "state";
 
 /// Both services.
 pub(super) struct Stack {
@@ -29,13 +26,6 @@ pub(super) struct Stack {
     directory: TempDir,
 }
 
-/// Whether the MMU service can keep a record of its VMs, so that it may be killed.
-pub(super) fn keeps_state() -> bool {
-    mmu_service::Config::command()
-        .get_arguments()
-        .any(|argument| argument.get_long() == Some(STATE))
-}
-
 impl Stack {
     /// Starts both and waits until they serve.
     pub(super) async fn start(stop: &Stop) -> Result<Self, LocalError> {
@@ -47,18 +37,17 @@ impl Stack {
             options.iter().map(|&option| option.to_owned()).collect()
         };
         let module_options = options(&["--listen", &module_url, "--fault-injection"]);
-        let mut mmu_options = options(&[
+        let state = directory.path().join("state").display().to_string();
+        let mmu_options = options(&[
             "--listen",
             &mmu_url,
             "--module",
             &module_url,
             "--drain-s",
             "2",
+            "--state",
+            &state,
         ]);
-        if keeps_state() {
-            let state = directory.path().join(STATE).display().to_string();
-            mmu_options.extend([format!("--{STATE}"), state]);
-        }
         let mut module = Process::spawn(&program, Role::Module, &strs(&module_options))?;
         module.ready(&module_url, READY_LIMIT, stop).await?;
         let mut mmu = Process::spawn(&program, Role::Mmu, &strs(&mmu_options))?;

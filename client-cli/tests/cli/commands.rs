@@ -198,7 +198,7 @@ fn mistakes_in_usage_exit_with_2() {
         ("replay", "FILE"),
         (
             "vm list --mmu ftp://x",
-            "neither unix:///path nor http://host:port",
+            "none of unix:///path, http://host:port and https://host:port",
         ),
         ("fault --vm 1", "--gpa"),
         ("fault --vm 1 --gpa five", "not a number"),

@@ -1,5 +1,6 @@
 //! `mmuctl` as a process, with real services behind it.
 
+mod access;
 mod bench;
 mod chaos;
 mod commands;

@@ -365,7 +365,7 @@ async fn label_sets_stay_as_they_are_whatever_callers_do() {
             let bound = match &*label {
                 "leaf" => tdx_defs::Leaf::NAMED.len() + 1,
                 "le" => 32,
-                "reason" | "status" => 16,
+                "reason" | "status" => 24,
                 _ => 8,
             };
             assert!(values.len() <= bound, "{label}: {values:?}");

@@ -27,7 +27,7 @@ const INSIDE: [&str; 9] = [
     include_str!("../../tests/concurrency.rs"),
     include_str!("../../interleavings/tests/interleavings.rs"),
     include_str!("../../interleavings/tests/direct.rs"),
-    include_str!("../../../tests/services/refusals.rs"),
+    include_str!("../../../tests/services/refusals/states.rs"),
 ];
 
 #[test]

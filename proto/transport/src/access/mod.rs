@@ -13,6 +13,7 @@ mod layer;
 mod peers;
 mod policy;
 mod roles;
+mod settings;
 
 pub use layer::{Access, AccessFuture, AccessLayer, Refusals};
 pub use peers::{AllowedUid, AllowedUidError, Peers};
