@@ -111,7 +111,9 @@ fn run_and_record<R>(
 fn run(module: &Module, verdict: &Verdict, batch: &Batch) -> Vec<SeamcallResult> {
     let mut tracer = Tracer::open(batch);
     if tracer.is_off() && verdict.statuses.is_empty() {
-        return module.seamcalls(batch.lp, &batch.calls, batch.stop_on_error);
+        let results = module.seamcalls(batch.lp, &batch.calls, batch.stop_on_error);
+        tracer.ran(&results);
+        return results;
     }
     let mut results = Vec::with_capacity(batch.calls.len());
     for (at, call) in batch.calls.iter().enumerate() {

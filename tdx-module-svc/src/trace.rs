@@ -66,6 +66,18 @@ impl Tracer {
         !self.leaves
     }
 
+    /// Counts calls that ran without this.
+    pub(crate) fn ran(&mut self, results: &[SeamcallResult]) {
+        if !self.batch.is_none() {
+            results.iter().for_each(|result| self.count(result));
+        }
+    }
+
+    fn count(&mut self, result: &SeamcallResult) {
+        self.ran += 1;
+        self.failed += u64::from(result.status().is_error());
+    }
+
     /// Runs one call, in a span unless it is one of many.
     pub(crate) fn leaf(
         &mut self,
@@ -77,8 +89,7 @@ impl Tracer {
         } else {
             run()
         };
-        self.ran += 1;
-        self.failed += u64::from(result.status().is_error());
+        self.count(&result);
         result
     }
 
