@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use mirror_proto::mmu::{InitMemRegionRequest, Mode};
-use sha2::{Digest as _, Sha384};
+use ring::digest::{Context, SHA384};
 use tdx_defs::PAGE_SIZE;
 
 use super::figure::{Figure, ns_per_op};
@@ -77,15 +77,15 @@ pub(super) fn hash(size: u64) -> f64 {
     let chunk = [0x5A; CHUNK];
     let pages = size / PAGE_SIZE;
     let (digest, time) = timed(|| {
-        let mut hash = Sha384::new();
+        let mut hash = Context::new(&SHA384);
         for _ in 0..pages {
-            hash.update(record);
+            hash.update(&record);
             for _ in 0..4096 / CHUNK {
-                hash.update(record);
-                hash.update(chunk);
+                hash.update(&record);
+                hash.update(&chunk);
             }
         }
-        hash.finalize()
+        hash.finish()
     });
     black_box(digest);
     ns_per_op(time, pages)

@@ -6,15 +6,16 @@
 //! TDH.MEM.PAGE.ADD appends 128 bytes: its name at 0, the GPA at 16 (little-endian), zeros.
 //! TDH.MR.EXTEND appends such a block and then the 256 bytes of the chunk.
 
+use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
-use sha2::{Digest, Sha384};
+use ring::digest::{Context, SHA384, SHA384_OUTPUT_LEN};
 use tdx_defs::Gpa;
 
 use crate::locks::Lock;
 
 /// Bytes of a SHA-384 digest.
-pub const DIGEST_SIZE: usize = 48;
+pub const DIGEST_SIZE: usize = SHA384_OUTPUT_LEN;
 /// Bytes that one TDH.MR.EXTEND measures.
 pub const CHUNK_SIZE: usize = 256;
 
@@ -24,34 +25,62 @@ pub(crate) const RTMRS: usize = 4;
 const RECORD_SIZE: usize = 128;
 const GPA_AT: usize = 16;
 
+/// A digest.
+type DigestBytes = [u8; DIGEST_SIZE];
+
+/// A running SHA-384.
+struct Sha384(Context);
+
+impl Default for Sha384 {
+    fn default() -> Self {
+        Self(Context::new(&SHA384))
+    }
+}
+
+impl fmt::Debug for Sha384 {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Sha384").finish_non_exhaustive()
+    }
+}
+
+impl Sha384 {
+    fn update(&mut self, data: &[u8]) {
+        self.0.update(data);
+    }
+
+    fn finish(self) -> DigestBytes {
+        let mut digest = [0; DIGEST_SIZE];
+        digest.copy_from_slice(self.0.finish().as_ref());
+        digest
+    }
+}
+
 /// A running or finished MRTD.
 #[derive(Debug, Default)]
 pub(crate) struct Measurement {
     hash: Sha384,
-    mrtd: Option<[u8; DIGEST_SIZE]>,
+    mrtd: Option<DigestBytes>,
 }
 
 impl Measurement {
     /// A page was added.
     pub(crate) fn page_added(&mut self, gpa: Gpa) {
-        self.hash.update(record(b"MEM.PAGE.ADD", gpa));
+        self.hash.update(&record(b"MEM.PAGE.ADD", gpa));
     }
 
     /// A chunk was extended.
     pub(crate) fn chunk_extended(&mut self, gpa: Gpa, chunk: &[u8]) {
-        self.hash.update(record(b"MR.EXTEND", gpa));
+        self.hash.update(&record(b"MR.EXTEND", gpa));
         self.hash.update(chunk);
     }
 
     /// Ends the measurement.
     pub(crate) fn finalize(&mut self) {
-        let mut mrtd = [0; DIGEST_SIZE];
-        mrtd.copy_from_slice(&std::mem::take(&mut self.hash).finalize());
-        self.mrtd = Some(mrtd);
+        self.mrtd = Some(std::mem::take(&mut self.hash).finish());
     }
 
     /// MRTD, once it is final.
-    pub(crate) fn mrtd(&self) -> Option<[u8; DIGEST_SIZE]> {
+    pub(crate) fn mrtd(&self) -> Option<DigestBytes> {
         self.mrtd
     }
 
@@ -64,9 +93,6 @@ impl Measurement {
             .map_or(0, |bytes| u64::from_le_bytes(*bytes))
     }
 }
-
-/// A digest.
-type DigestBytes = [u8; DIGEST_SIZE];
 
 /// The run-time measurements, zero at first.
 #[derive(Debug)]
@@ -90,8 +116,10 @@ impl Rtmrs {
     pub(crate) fn extend(&self, index: usize, data: &DigestBytes) {
         let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(value) = values.get_mut(index) {
-            let digest = Sha384::new().chain_update(&value[..]).chain_update(data);
-            value.copy_from_slice(&digest.finalize());
+            let mut hash = Sha384::default();
+            hash.update(value);
+            hash.update(data);
+            *value = hash.finish();
         }
     }
 
