@@ -14,6 +14,7 @@ mod ranges;
 mod refusals;
 mod restart;
 mod run;
+mod scale;
 mod stack;
 mod surface;
 mod table;
