@@ -20,6 +20,7 @@ pub const RULES: &[Rule] = &[
     ("/kvm.mmu.v1.MmuService/SetUserMemoryRegion", Roles::HOST),
     ("/kvm.mmu.v1.MmuService/SetMemoryAttributes", Roles::HOST),
     ("/kvm.mmu.v1.MmuService/InitMemRegion", Roles::HOST),
+    ("/kvm.mmu.v1.MmuService/InitMemRegions", Roles::HOST),
     ("/kvm.mmu.v1.MmuService/FinalizeVm", Roles::HOST),
     ("/kvm.mmu.v1.MmuService/HandleFault", ACCESS),
     ("/kvm.mmu.v1.MmuService/HandleFaults", ACCESS),

@@ -3,8 +3,8 @@
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use mirror_proto::InvalidField;
-use mirror_proto::module::ExecuteRequest;
-use tdx_defs::Seamcall;
+use mirror_proto::module::{Chain, ExecuteRequest};
+use tdx_defs::{Leaf, Seamcall, SeamcallResult};
 use tdx_module::LpId;
 
 /// Longest session name, in bytes.
@@ -13,6 +13,10 @@ pub(crate) const MAX_SESSION_BYTES: usize = 64;
 pub(crate) const MAX_DATA_BYTES: usize = 2 << 20;
 /// 8-byte words of a call's host memory that go into the fingerprint.
 const FINGERPRINT_WORDS: usize = 64;
+
+/// Weight above which a batch is long. Those below keep a worker busy for about as long as a
+/// message takes to decode.
+const LONG_BATCH: u64 = 2048;
 
 /// What a request may ask for.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +44,8 @@ pub(crate) struct Batch {
     pub(crate) calls: Vec<Seamcall>,
     /// How many times a leaf runs, all calls and repeats taken together.
     pub(crate) runs: u64,
+    /// Its place in a chain of batches.
+    pub(crate) chain: Option<Chain>,
     /// Trace context of the sender, or empty.
     pub(crate) traceparent: String,
 }
@@ -65,6 +71,7 @@ impl Batch {
             calls,
             lp,
             traceparent,
+            chain,
             return_spans: _,
         } = request;
         if session.len() > MAX_SESSION_BYTES {
@@ -76,6 +83,9 @@ impl Batch {
                 "sequence",
                 "0, numbers of a session start at 1",
             ));
+        }
+        if chain.is_some() && session.is_empty() {
+            return Err(InvalidField::new("chain", "given without a session"));
         }
         if lp >= bounds.logical_processors {
             let reason = format!("{lp}, the platform has {}", bounds.logical_processors);
@@ -98,7 +108,7 @@ impl Batch {
             return Err(InvalidField::new("calls", reason));
         }
         let ticket = (!session.is_empty()).then(|| {
-            let fingerprint = fingerprint(stop_on_error, lp, &calls);
+            let fingerprint = fingerprint(stop_on_error, lp, chain, &calls);
             Ticket {
                 session,
                 sequence,
@@ -112,8 +122,36 @@ impl Batch {
             stop_on_error,
             calls,
             runs,
+            chain,
             traceparent,
         })
+    }
+
+    /// Whether it keeps a thread busy for longer than others may wait.
+    pub(crate) fn is_long(&self) -> bool {
+        let weights = self
+            .calls
+            .iter()
+            .map(|call| u64::from(call.count()) * weight(call.leaf));
+        weights.sum::<u64>() > LONG_BATCH
+    }
+
+    /// Whether `results` say that every run of every call completed.
+    pub(crate) fn ran_whole(&self, results: &[SeamcallResult]) -> bool {
+        let mut each = self.calls.iter().zip(results);
+        self.calls.len() == results.len()
+            && each.all(|(call, result)| result.completed == call.count())
+    }
+}
+
+/// What a run takes, in runs of TDH.MEM.PAGE.AUG.
+fn weight(leaf: Leaf) -> u64 {
+    match leaf {
+        // 384 bytes to hash.
+        Leaf::MR_EXTEND => 16,
+        // A page to copy, and 128 bytes to hash.
+        Leaf::MEM_PAGE_ADD => 8,
+        _ => 1,
     }
 }
 
@@ -137,9 +175,10 @@ fn check_call(
 /// A number that differs for batches that differ. It guards against a caller that confuses its
 /// numbers, not against one that forges: of long data it reads a sample, so that a measured build
 /// is not hashed twice. The trace context is left out, a batch sent again may have another.
-fn fingerprint(stop_on_error: bool, lp: u32, calls: &[Seamcall]) -> u64 {
+fn fingerprint(stop_on_error: bool, lp: u32, chain: Option<Chain>, calls: &[Seamcall]) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (stop_on_error, lp, calls.len()).hash(&mut hasher);
+    let chain = chain.map(|chain| (chain.id, chain.link));
+    (stop_on_error, lp, chain, calls.len()).hash(&mut hasher);
     for call in calls {
         (
             call.leaf,
@@ -222,6 +261,14 @@ mod tests {
             ),
             (
                 ExecuteRequest {
+                    chain: Some(Chain::default()),
+                    ..Default::default()
+                },
+                "chain",
+                "session",
+            ),
+            (
+                ExecuteRequest {
                     calls: vec![WireCall::default(); 4],
                     ..Default::default()
                 },
@@ -285,6 +332,32 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_is_long_by_what_its_leaves_take() {
+        let bounds = Bounds {
+            runs: 4096,
+            ..BOUNDS
+        };
+        for (leaf, count, long) in [
+            (Leaf::MEM_PAGE_AUG, 2048, false),
+            (Leaf::MEM_PAGE_AUG, 2049, true),
+            (Leaf::MR_EXTEND, 128, false),
+            (Leaf::MR_EXTEND, 129, true),
+            (Leaf::MEM_PAGE_ADD, 257, true),
+        ] {
+            let call = WireCall {
+                leaf: leaf.0.into(),
+                ..repeated(count)
+            };
+            let request = ExecuteRequest {
+                calls: vec![call],
+                ..Default::default()
+            };
+            let batch = Batch::check(request, bounds).unwrap();
+            assert_eq!(batch.is_long(), long, "{leaf} {count}");
+        }
+    }
+
+    #[test]
     fn the_fingerprint_tells_batches_apart_and_not_their_traces() {
         let fingerprint = |request| {
             Batch::check(request, BOUNDS)
@@ -320,7 +393,10 @@ mod tests {
             count: 1,
             ..Default::default()
         });
+        let mut chained = base.clone();
+        chained.chain = Some(Chain { id: 1, link: 0 });
         for (case, other) in [
+            ("a place in a chain", chained),
             ("one call more", longer),
             ("another register", register),
             ("other data", data),

@@ -19,10 +19,6 @@ use crate::replay::{Session, Window};
 use crate::status::Refusal;
 use crate::trace::Tracer;
 
-/// Leaf runs above which a batch gets a thread of its own. Those below keep a worker busy for
-/// about as long as a message takes to decode.
-const LONG_BATCH_RUNS: u64 = 2048;
-
 /// Who counts a batch, and as what.
 #[derive(Clone)]
 pub(crate) struct Meter {
@@ -43,10 +39,14 @@ pub(crate) async fn perform<R: Send + 'static>(
     let under_way = meter.metrics.started();
     let replay = match (session, &batch.ticket) {
         (Some(session), Some(ticket)) => {
-            let window = session.lock_owned().await;
+            let mut window = session.lock_owned().await;
             if let Some(results) = window.recall(ticket)? {
                 meter.metrics.replayed();
                 return Ok(answer(results));
+            }
+            if !window.goes_on(batch.chain) {
+                window.record(ticket, Vec::new());
+                return Ok(answer(&[]));
             }
             Some((window, ticket.clone()))
         }
@@ -63,7 +63,7 @@ pub(crate) async fn perform<R: Send + 'static>(
     if verdict.cut {
         return Err(Refusal::Cut);
     }
-    let reply = if batch.runs <= LONG_BATCH_RUNS {
+    let reply = if !batch.is_long() {
         run_and_record(module, &verdict, &meter, &batch, replay, answer)
     } else {
         let (module, verdict) = (module.clone(), verdict.clone());
@@ -96,6 +96,9 @@ fn run_and_record<R>(
         .ran(meter.via, batch, &results, started.elapsed());
     let reply = answer(&results);
     if let Some((mut window, ticket)) = replay {
+        if let Some(chain) = batch.chain {
+            window.link(chain, batch.ran_whole(&results));
+        }
         window.record(&ticket, results);
     }
     if verdict.abort_after {

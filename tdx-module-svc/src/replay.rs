@@ -15,6 +15,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mirror_proto::module::Chain;
 use tdx_defs::SeamcallResult;
 use tokio::sync::OwnedMutexGuard;
 
@@ -174,6 +175,8 @@ pub(crate) struct Window {
     highest: u64,
     /// R3.
     has_ended: bool,
+    /// The last link of a chain that ran, if it ran whole.
+    chain: Option<Chain>,
     answers: BTreeMap<u64, Answer>,
 }
 
@@ -189,6 +192,7 @@ impl Window {
             size,
             highest: 0,
             has_ended: false,
+            chain: None,
             answers: BTreeMap::new(),
         }
     }
@@ -219,6 +223,19 @@ impl Window {
             }
             Some(answer) => Ok(Some(&answer.results)),
         }
+    }
+
+    /// Whether a batch at this place of a chain may run.
+    pub(crate) fn goes_on(&self, chain: Option<Chain>) -> bool {
+        chain.is_none_or(|Chain { id, link }| {
+            let before = link.checked_sub(1).map(|link| Chain { id, link });
+            before.is_none() || self.chain == before
+        })
+    }
+
+    /// A link of a chain ran.
+    pub(crate) fn link(&mut self, chain: Chain, whole: bool) {
+        self.chain = whole.then_some(chain);
     }
 
     /// Keeps the answer of a batch that has run.
@@ -281,6 +298,31 @@ mod tests {
                 "{sequence}"
             );
         }
+    }
+
+    #[test]
+    fn a_link_goes_on_behind_the_link_before_it_and_nothing_else() {
+        let at = |id, link| Chain { id, link };
+        let mut window = Window::new(3);
+        assert!(window.goes_on(None) && window.goes_on(Some(at(7, 0))));
+        assert!(!window.goes_on(Some(at(7, 1))), "nothing ran");
+        window.link(at(7, 0), true);
+        for (chain, expected) in [
+            (at(7, 0), true),
+            (at(7, 1), true),
+            (at(7, 2), false),
+            (at(8, 1), false),
+            (at(8, 0), true),
+        ] {
+            assert_eq!(window.goes_on(Some(chain)), expected, "{chain:?}");
+        }
+        window.link(at(7, 1), false);
+        for link in [1, 2] {
+            assert!(!window.goes_on(Some(at(7, link))), "{link} of a broken one");
+        }
+        window.link(at(7, 0), true);
+        window.link(at(8, 0), true);
+        assert!(!window.goes_on(Some(at(7, 1))), "another came between");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::progress::Progress;
 use crate::tally::Tally;
 
-/// Bytes of one InitMemRegion.
+/// Bytes of one region.
 const REGION: u64 = 1 << 20;
 /// Bytes that one TDH.MR.EXTEND measures, and the header in front of them.
 const CHUNK: usize = 256;
@@ -47,11 +47,10 @@ pub(super) async fn run(
 }
 
 async fn add(client: &Client, vm_id: u64, size: u64) -> Result<Tally, Error> {
-    let mut tally = Tally::default();
-    let mut gpa = 0;
-    while gpa < size {
+    let starts = (0..size).step_by(usize::try_from(REGION).unwrap_or(usize::MAX));
+    let regions = starts.map(move |gpa| {
         let part = REGION.min(size - gpa);
-        let message = InitMemRegionRequest {
+        InitMemRegionRequest {
             vm_id,
             gpa,
             size: part,
@@ -59,15 +58,16 @@ async fn add(client: &Client, vm_id: u64, size: u64) -> Result<Tally, Error> {
             data: vec![0xA5; usize::try_from(part).unwrap_or(0)],
             measure: true,
             ..Default::default()
-        };
-        let answer = client
-            .long("InitMemRegion", message, async |mut mmu, request| {
-                mmu.init_mem_region(request).await
-            })
-            .await?;
-        tally.add(answer.counts.as_ref());
-        gpa += part;
-    }
+        }
+    });
+    let regions = tokio_stream::iter(regions);
+    let answer = client
+        .long("InitMemRegions", regions, async |mut mmu, request| {
+            mmu.init_mem_regions(request).await
+        })
+        .await?;
+    let mut tally = Tally::default();
+    tally.add(answer.counts.as_ref());
     Ok(tally)
 }
 

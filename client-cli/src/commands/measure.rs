@@ -179,22 +179,22 @@ impl Build<'_> {
         order: MeasureOrder,
     ) -> Result<(), Error> {
         let apart = section.is_measured() && order == MeasureOrder::PerRegion;
-        for chunk in chunks(section.memory) {
+        let regions = chunks(section.memory).map(|chunk| {
             let data = part(image.contents(section), chunk.start - section.memory.start);
-            let message = InitMemRegionRequest {
+            InitMemRegionRequest {
                 data: data.to_vec(),
                 measure: section.is_measured() && !apart,
                 ..self.region(chunk)
-            };
-            self.init(message).await?;
-            self.progress.advance(chunk.size() / PAGE_SIZE);
-        }
-        for chunk in chunks(section.memory).filter(|_| apart) {
-            let message = InitMemRegionRequest {
+            }
+        });
+        self.init(regions.collect()).await?;
+        self.progress.advance(section.memory.size() / PAGE_SIZE);
+        if apart {
+            let regions = chunks(section.memory).map(|chunk| InitMemRegionRequest {
                 extend_only: true,
                 ..self.region(chunk)
-            };
-            self.init(message).await?;
+            });
+            self.init(regions.collect()).await?;
         }
         Ok(())
     }
@@ -209,11 +209,12 @@ impl Build<'_> {
         }
     }
 
-    async fn init(&mut self, message: InitMemRegionRequest) -> Result<(), Error> {
+    async fn init(&mut self, regions: Vec<InitMemRegionRequest>) -> Result<(), Error> {
+        let regions = tokio_stream::iter(regions);
         let answer = self
             .client
-            .long("InitMemRegion", message, async |mut mmu, request| {
-                mmu.init_mem_region(request).await
+            .long("InitMemRegions", regions, async |mut mmu, request| {
+                mmu.init_mem_regions(request).await
             })
             .await?;
         self.tally.add(answer.counts.as_ref());

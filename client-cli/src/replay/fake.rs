@@ -234,6 +234,13 @@ impl MmuService for Service {
         Err(Status::unimplemented("not in this test"))
     }
 
+    async fn init_mem_regions(
+        &self,
+        _: Request<Streaming<InitMemRegionRequest>>,
+    ) -> Result<Response<InitMemRegionResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
     async fn punch_hole(
         &self,
         request: Request<PunchHoleRequest>,

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use mirror_proto::{InvalidField, mmu as wire};
-use tdp_mmu::{InitRegion, Measure};
-use tonic::Status;
+use tdp_mmu::{Counts, InitRegion, Measure};
+use tonic::{Status, Streaming};
 use tracing::info_span;
 
 use crate::convert::{counts_to_wire, no_hw_error, required, slot_from_wire};
@@ -64,6 +64,39 @@ pub(super) async fn init_mem_region(
     shell: &Arc<Shell>,
     request: wire::InitMemRegionRequest,
 ) -> Result<wire::InitMemRegionResponse, Status> {
+    let size = request.size;
+    let counts = add_region(shell, request).await?;
+    Ok(wire::InitMemRegionResponse {
+        counts: Some(counts_to_wire(&counts)),
+        done: size,
+    })
+}
+
+/// One region at a time, and one more read ahead.
+pub(super) async fn init_mem_regions(
+    shell: &Arc<Shell>,
+    mut requests: Streaming<wire::InitMemRegionRequest>,
+) -> Result<wire::InitMemRegionResponse, Status> {
+    let mut counts = Counts::default();
+    let mut done = 0u64;
+    let mut next = requests.message().await?;
+    while let Some(request) = next {
+        let size = request.size;
+        let (added, ahead) = tokio::join!(add_region(shell, request), requests.message());
+        counts += &added?;
+        done = done.saturating_add(size);
+        next = ahead?;
+    }
+    Ok(wire::InitMemRegionResponse {
+        counts: Some(counts_to_wire(&counts)),
+        done,
+    })
+}
+
+async fn add_region(
+    shell: &Arc<Shell>,
+    request: wire::InitMemRegionRequest,
+) -> Result<Counts, Status> {
     let wire::InitMemRegionRequest {
         vm_id,
         vcpu_id,
@@ -92,7 +125,7 @@ pub(super) async fn init_mem_region(
         kvm.gpa = gpa,
         kvm.size = size
     );
-    let counts = shell
+    shell
         .operate(&entry, span, move |vm| {
             vm.init_mem_region(
                 vcpu_id,
@@ -104,11 +137,7 @@ pub(super) async fn init_mem_region(
                 },
             )
         })
-        .await?;
-    Ok(wire::InitMemRegionResponse {
-        counts: Some(counts_to_wire(&counts)),
-        done: size,
-    })
+        .await
 }
 
 pub(super) async fn punch_hole(

@@ -67,6 +67,13 @@ macro_rules! mmu_service {
                 self.answered(faults::handle_fault(&self.0, &caller, request).await)
             }
 
+            async fn init_mem_regions(
+                &self,
+                request: Request<Streaming<wire::InitMemRegionRequest>>,
+            ) -> Result<Response<wire::InitMemRegionResponse>, Status> {
+                self.answered(memory::init_mem_regions(&self.0, request.into_inner()).await)
+            }
+
             type HandleFaultsStream = Answers<wire::HandleFaultsResponse>;
 
             async fn handle_faults(

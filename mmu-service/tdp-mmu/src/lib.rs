@@ -40,7 +40,7 @@ pub use memory::user::{HostChange, HostPageSize};
 pub use mmu::layout::VmKind;
 pub use mmu::role::RootKind;
 pub use mmu::spte::SpteKind;
-pub use seam::{Batch, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
+pub use seam::{Batch, Chain, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
 pub use trace::{Event, MAX_EVENTS, PageText, error_code};
 pub use vm::{
     AuditReport, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, Held, InitRegion,

@@ -15,8 +15,20 @@ pub struct Batch {
     pub via: Via,
     /// Leave out the calls behind the first one that ends with ERROR set.
     pub stop_on_error: bool,
+    /// Its place among batches that are sent before those in front of them are answered.
+    pub chain: Option<Chain>,
     /// At most [`MAX_CALLS`], each run at most [`MAX_REPEAT`] long.
     pub calls: Vec<Seamcall>,
+}
+
+/// A place in a chain of batches. Link 0 runs; another one runs if the link before it ran whole,
+/// and else it runs nothing and has no results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chain {
+    /// From [`SeamPort::chain`].
+    pub id: u64,
+    /// From 0.
+    pub link: u32,
 }
 
 /// Most calls that the core puts into one batch.
@@ -94,4 +106,9 @@ pub trait SeamPort: Send + Sync {
     /// Sends a batch. Batches of one logical processor run in the order of their submission;
     /// the call may block while too many are under way.
     fn submit(&self, batch: Batch) -> Ticket;
+
+    /// Number of a new chain; `None` where batches do not mind what became of those before them.
+    fn chain(&self) -> Option<u64> {
+        None
+    }
 }

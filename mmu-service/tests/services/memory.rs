@@ -5,6 +5,7 @@ use crate::stack;
 use crate::stack::{MIB, PAGE, PRIVATE, SHARED, Stack, WRITE, all_calls, calls, pages};
 use mirror_proto::mmu::{self as wire, Mode, RetPf, Root};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
 
 const ADD_TABLE: &str = "TDH.MEM.SEPT.ADD";
 const AUG: &str = "TDH.MEM.PAGE.AUG";
@@ -465,4 +466,68 @@ async fn both_modes_end_in_the_same_state() {
         ends.push((audit.leaves, audit.tables, audit.entries, stats.pages_4k));
     }
     assert_eq!(ends[0], ends[1]);
+}
+
+#[tokio::test]
+async fn regions_in_one_call_are_measured_as_one_after_the_other() {
+    const REGIONS: u64 = 3;
+    let mut stack = Stack::start().await;
+    let region = |vm_id, at: u64| wire::InitMemRegionRequest {
+        vm_id,
+        gpa: at * MIB,
+        size: MIB,
+        data: (0..MIB).map(|byte| ((byte >> 8) + at) as u8).collect(),
+        measure: true,
+        ..Default::default()
+    };
+    let mut measurements = Vec::new();
+    for mode in [Mode::Kernel, Mode::Batched] {
+        let vm_id = stack.vm(mode, 1, 8 * MIB).await;
+        let counts = if mode == Mode::Kernel {
+            for at in 0..REGIONS {
+                let done = stack.client.init_mem_region(region(vm_id, at)).await;
+                assert_eq!(done.unwrap().into_inner().done, MIB);
+            }
+            None
+        } else {
+            let regions = tokio_stream::iter((0..REGIONS).map(move |at| region(vm_id, at)));
+            let done = stack.client.init_mem_regions(regions).await.unwrap();
+            let done = done.into_inner();
+            assert_eq!(done.done, REGIONS * MIB);
+            done.counts
+        };
+        if let Some(counts) = counts {
+            let added = REGIONS * MIB / PAGE;
+            assert_eq!(calls(&counts, "TDH.MEM.PAGE.ADD"), added);
+            assert_eq!(calls(&counts, "TDH.MR.EXTEND"), 16 * added);
+            // 64 pages a message, and no message that the chain breaks at.
+            assert_eq!(counts.rpcs, added / 64);
+        }
+        let request = wire::FinalizeVmRequest { vm_id, hw_error: 0 };
+        let finalized = stack.client.finalize_vm(request).await.unwrap();
+        measurements.push(finalized.into_inner().mrtd);
+        stack.assert_clean(vm_id).await;
+        stack.destroy(vm_id).await;
+    }
+    assert_eq!(measurements[0], measurements[1]);
+}
+
+#[tokio::test]
+async fn a_region_that_cannot_be_ends_the_call_behind_those_before_it() {
+    let mut stack = Stack::start().await;
+    let vm_id = stack.vm(Mode::Batched, 1, 8 * MIB).await;
+    let region = |gpa| wire::InitMemRegionRequest {
+        vm_id,
+        gpa,
+        size: MIB,
+        ..Default::default()
+    };
+    let regions = tokio_stream::iter([region(0), region(MIB + 1), region(2 * MIB)]);
+    let refusal = stack.client.init_mem_regions(regions).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::InvalidArgument);
+    assert!(refusal.message().starts_with("gpa"), "{refusal}");
+    let counts = stack.stats(vm_id).await.counts.unwrap();
+    assert_eq!(calls(&counts, "TDH.MEM.PAGE.ADD"), MIB / PAGE);
+    stack.assert_clean(vm_id).await;
+    stack.destroy(vm_id).await;
 }

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use mirror_proto::module::{EndSessionsRequest, ExecuteRequest};
+use mirror_proto::module::{Chain, EndSessionsRequest, ExecuteRequest, Seamcall};
 use tdx_module_svc::config::Limits;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
@@ -171,5 +171,59 @@ async fn the_sessions_of_a_caller_that_is_gone_end_for_good() {
     for prefix in ["", "caller", &*"x".repeat(65)] {
         let refusal = next.end_sessions(end(prefix)).await.unwrap_err();
         assert_eq!(refusal.code(), Code::InvalidArgument, "{prefix}");
+    }
+}
+
+#[tokio::test]
+async fn a_link_runs_behind_a_whole_one_and_a_broken_chain_runs_nothing() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let link = |sequence, id, link, calls| ExecuteRequest {
+        chain: Some(Chain { id, link }),
+        ..numbered("s", sequence, calls)
+    };
+    let reads = |count| vec![rdmd(PAGE); count];
+    let bad = || vec![rdmd(PAGE), unknown(), rdmd(PAGE)];
+    let mut requests = Vec::new();
+    let mut expected = Vec::new();
+    for (id, at, calls, ran) in [
+        (7, 0, reads(2), 2),
+        (7, 1, reads(3), 3),
+        // One that is left out breaks the chain for those behind it, wherever they say they are.
+        (7, 3, reads(1), 0),
+        (7, 2, bad(), 3),
+        (7, 3, reads(1), 0),
+        (7, 4, reads(1), 0),
+        (8, 1, reads(1), 0),
+        (8, 0, reads(1), 1),
+        (8, 1, reads(1), 1),
+    ] {
+        let sequence = requests.len() as u64 + 1;
+        requests.push(link(sequence, id, at, calls));
+        expected.push(ran);
+    }
+    // Twice: an answer that is told again is the same.
+    for _ in 0..2 {
+        let answers = client.execute_stream(tokio_stream::iter(requests.clone()));
+        let answers = answers.await.unwrap().into_inner();
+        let ran: Vec<usize> = answers
+            .map(|answer| answer.unwrap().results.len())
+            .collect()
+            .await;
+        assert_eq!(ran, expected);
+    }
+    let alone = ExecuteRequest {
+        chain: Some(Chain { id: 1, link: 0 }),
+        ..batch(reads(1))
+    };
+    let refusal = execute(&mut client, alone).await.unwrap_err();
+    assert!(refusal.message().starts_with("chain: "), "{refusal}");
+}
+
+/// A call that ends with an error.
+fn unknown() -> Seamcall {
+    Seamcall {
+        leaf: 63,
+        ..Seamcall::default()
     }
 }

@@ -19,7 +19,7 @@ use crate::bugs::Check;
 use crate::mmu::mirror::Unit;
 use crate::mmu::removal::ExternalOp;
 use crate::mmu::spte;
-use crate::seam::{MAX_CALLS, SeamError};
+use crate::seam::{Chain, MAX_CALLS, SeamError};
 use crate::sync::thread;
 use crate::vm::Mode;
 use tdx_defs::Seamcall;
@@ -100,6 +100,17 @@ impl Hooks<'_> {
     pub(crate) fn send<'m>(
         &self,
         seam: &mut Seam<'_>,
+        units: Vec<Unit<'m>>,
+        source: Option<Source<'_>>,
+    ) -> Sent<'m> {
+        self.send_link(seam, None, units, source)
+    }
+
+    /// The same as a link of a chain of messages.
+    pub(crate) fn send_link<'m>(
+        &self,
+        seam: &mut Seam<'_>,
+        chain: Option<Chain>,
         mut units: Vec<Unit<'m>>,
         source: Option<Source<'_>>,
     ) -> Sent<'m> {
@@ -121,7 +132,7 @@ impl Hooks<'_> {
         );
         let runs = calls.iter().map(Seamcall::count).collect();
         let measured = source.is_some_and(|source| source.measure);
-        let flight = (!calls.is_empty()).then(|| seam.submit(None, calls));
+        let flight = (!calls.is_empty()).then(|| seam.submit_link(None, chain, calls));
         Sent {
             units,
             tags,

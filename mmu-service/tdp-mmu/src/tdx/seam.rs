@@ -9,7 +9,7 @@ use tdx_defs::{CompletionStatus, Leaf, Repeat, Seamcall, SeamcallResult};
 
 use super::calls::Step;
 use crate::counts::Counts;
-use crate::seam::{Batch, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
+use crate::seam::{Batch, Chain, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
 use crate::vm::Mode;
 
 /// RDRAND_RETRY_LOOPS: tries of a call that found no entropy.
@@ -72,8 +72,26 @@ impl<'a> Seam<'a> {
         self.trace.take().unwrap_or_default()
     }
 
+    /// Number of a new chain of messages, where there are such.
+    pub(crate) fn chain(&self) -> Option<u64> {
+        match self.mode {
+            Mode::Kernel => None,
+            Mode::Batched => self.port.chain(),
+        }
+    }
+
     /// Sends a message.
     pub(crate) fn submit(&mut self, lp: Option<u32>, calls: Vec<Seamcall>) -> InFlight {
+        self.submit_link(lp, None, calls)
+    }
+
+    /// Sends a message that may be a link of a chain.
+    pub(crate) fn submit_link(
+        &mut self,
+        lp: Option<u32>,
+        chain: Option<Chain>,
+        calls: Vec<Seamcall>,
+    ) -> InFlight {
         let runs = calls.iter().map(|call| (call.leaf, call.count())).collect();
         let via = match self.mode {
             Mode::Kernel => Via::Rpc,
@@ -85,6 +103,7 @@ impl<'a> Seam<'a> {
             lp,
             via,
             stop_on_error: true,
+            chain,
             calls,
         });
         InFlight { ticket, runs }

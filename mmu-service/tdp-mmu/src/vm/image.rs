@@ -4,6 +4,7 @@
 //! arch/x86/kvm/mmu/mmu.c, `kvm_tdp_mmu_map_private_pfn()`; virt/kvm/guest_memfd.c,
 //! `kvm_gmem_populate()`. Only FIXED is success: a frame can be added once.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use crate::memory::backing::NoPage;
 use crate::mmu::arena::TableId;
 use crate::mmu::mirror::{Begin, Depth, Extended, Unit};
 use crate::mmu::spte::{self, LeafTraits};
+use crate::seam::Chain;
 use crate::sync::{lock, thread};
 use crate::tdx::calls::{self, EXTEND_CHUNK, EXTENDS_A_PAGE, Step};
 use crate::tdx::install::Source;
@@ -28,6 +30,8 @@ use crate::tdx::td::TdState;
 
 /// Pages of one message: 256 KiB of contents.
 const MAX_PAGES: usize = 64;
+/// Messages of a chain on their way: one that the module hashes, and one that travels meanwhile.
+const MESSAGES_AHEAD: usize = 2;
 /// Tries of a page that stays busy.
 const MAX_TRIES: u32 = 20_000;
 
@@ -73,7 +77,7 @@ impl Vm {
                     data: region.data,
                     measure,
                 };
-                let mut image = Image {
+                let image = Image {
                     vm: self,
                     vcpu: &vcpu,
                     mirror,
@@ -174,6 +178,9 @@ impl Vm {
     }
 }
 
+/// The call that a chain of messages ended with.
+type Stop = Option<(Leaf, CompletionStatus)>;
+
 /// The pages of one call on their way into the TD.
 struct Image<'a> {
     vm: &'a Vm,
@@ -198,7 +205,7 @@ impl<'a> Image<'a> {
     }
 
     /// As the kernel does it: one call after the other, each page to its end.
-    fn page_by_page(&mut self, seam: &mut Seam<'_>, pages: &[(Gfn, Pfn)]) -> Result<(), VmError> {
+    fn page_by_page(&self, seam: &mut Seam<'_>, pages: &[(Gfn, Pfn)]) -> Result<(), VmError> {
         let vm = self.vm;
         for &(gfn, pfn) in pages {
             let mut tries = Tries::default();
@@ -226,33 +233,82 @@ impl<'a> Image<'a> {
     }
 
     /// Up to [`MAX_PAGES`] a message, each ADD with its extends behind it.
-    fn chunk_by_chunk(&mut self, seam: &mut Seam<'_>, pages: &[(Gfn, Pfn)]) -> Result<(), VmError> {
+    ///
+    /// Where the module takes chains, a message is on its way while the one before it is hashed. One
+    /// that stops short breaks the chain: what is behind it does not run, and MRTD keeps its order.
+    fn chunk_by_chunk(&self, seam: &mut Seam<'_>, pages: &[(Gfn, Pfn)]) -> Result<(), VmError> {
         let mut tries = Tries::default();
         let mut at = 0;
         while at < pages.len() {
             self.vm.alive()?;
+            // Model: held until the chain ends, so that nobody zaps a table below a message that is
+            // on its way; the kernel takes it for each page.
             let _held = self.vm.mmu.lock.read(self.vcpu.id);
-            let units = self.gather(&pages[at..])?;
-            if units.is_empty() {
-                tries.next(None)?;
-                continue;
-            }
-            let sent = self.vm.hooks().send(seam, units, Some(self.source));
-            let settled = self.vm.hooks().settle(seam, sent)?;
-            at += settled.units.iter().map(|unit| unit.leaves).sum::<usize>();
-            if let Some((leaf, result)) = settled.failed {
-                if leaf == Leaf::MR_EXTEND {
-                    return Err(VmError::Refused {
-                        leaf,
-                        status: result.status(),
-                    });
+            let (added, end) = self.chain(seam, &pages[at..]);
+            at += added;
+            match end? {
+                None => {}
+                Some((leaf @ Leaf::MR_EXTEND, status)) => {
+                    return Err(VmError::Refused { leaf, status });
                 }
-                tries.next(Some((leaf, result.status())))?;
-            } else if !settled.complete {
+                Some(failed) => tries.next(Some(failed))?,
+            }
+            if added == 0 && at < pages.len() {
                 tries.next(None)?;
             }
         }
         Ok(())
+    }
+
+    /// Adds pages from the front until something stands in the way: how many, and what it was.
+    fn chain(&self, seam: &mut Seam<'_>, pages: &[(Gfn, Pfn)]) -> (usize, Result<Stop, VmError>) {
+        let hooks = self.vm.hooks();
+        let id = seam.chain();
+        let ahead = id.map_or(1, |_| MESSAGES_AHEAD);
+        let mut under_way = VecDeque::with_capacity(ahead);
+        let (mut link, mut handed, mut added) = (0, 0, 0);
+        let mut end = Ok(None);
+        let mut goes_on = true;
+        loop {
+            while goes_on && under_way.len() < ahead && handed < pages.len() {
+                let units = match self.gather(&pages[handed..]) {
+                    Ok(units) => units,
+                    Err(error) => {
+                        (end, goes_on) = (Err(error), false);
+                        break;
+                    }
+                };
+                if units.is_empty() {
+                    // What is under way may hold the table; once it is answered the table is there.
+                    goes_on = !under_way.is_empty();
+                    break;
+                }
+                handed += units.iter().map(Unit::leaves).sum::<usize>();
+                let place = id.map(|id| Chain { id, link });
+                link += 1;
+                under_way.push_back(hooks.send_link(seam, place, units, Some(self.source)));
+            }
+            // Whatever was sent is settled, however the chain ends.
+            let Some(sent) = under_way.pop_front() else {
+                return (added, end);
+            };
+            match hooks.settle(seam, sent) {
+                Ok(settled) => {
+                    added += settled.units.iter().map(|unit| unit.leaves).sum::<usize>();
+                    // Without chains each message is settled and judged by itself.
+                    goes_on &= settled.complete && id.is_some();
+                    if let (Ok(None), Some((leaf, result))) = (&end, settled.failed) {
+                        end = Ok(Some((leaf, result.status())));
+                    }
+                }
+                Err(error) => {
+                    goes_on = false;
+                    if end.is_ok() {
+                        end = Err(error.into());
+                    }
+                }
+            }
+        }
     }
 
     /// Holds entries for as many of the next pages as one message takes.
@@ -292,7 +348,7 @@ fn image_leaf(pfn: Pfn) -> u64 {
 struct Tries(u32);
 
 impl Tries {
-    fn next(&mut self, failed: Option<(Leaf, CompletionStatus)>) -> Result<(), VmError> {
+    fn next(&mut self, failed: Stop) -> Result<(), VmError> {
         self.0 += 1;
         if self.0 >= MAX_TRIES {
             let (leaf, status) =

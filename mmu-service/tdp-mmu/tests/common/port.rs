@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::gate::Gate;
 
-use tdp_mmu::{Batch, SeamError, SeamPort, Ticket};
+use tdp_mmu::{Batch, Chain, SeamError, SeamPort, Ticket};
 use tdx_defs::{CompletionStatus, Leaf, Seamcall, SeamcallResult};
 use tdx_module::{LpId, Module};
 
@@ -126,6 +126,10 @@ pub(crate) struct Port {
     /// Whether there are rules or hooks.
     any_rules: AtomicBool,
     batches: AtomicU64,
+    /// Whether batches may be sent in chains, and the last link that ran whole.
+    chaining: AtomicBool,
+    chains: AtomicU64,
+    last_link: Mutex<Option<Chain>>,
     succeeded: [AtomicU64; LEAVES],
 }
 
@@ -144,6 +148,9 @@ impl Port {
             hooks: Mutex::default(),
             any_rules: AtomicBool::new(false),
             batches: AtomicU64::new(0),
+            chaining: AtomicBool::new(false),
+            chains: AtomicU64::new(0),
+            last_link: Mutex::default(),
             succeeded: [const { AtomicU64::new(0) }; LEAVES],
         }
     }
@@ -166,6 +173,33 @@ impl Port {
         let hook = Hook::at(leaf, when, move || passing.pass());
         self.hook(Hook { rcx, ..hook });
         gate
+    }
+
+    /// Takes chains of batches from now on.
+    pub(crate) fn take_chains(&self) {
+        self.chaining.store(true, Ordering::SeqCst);
+    }
+
+    /// As [`run`](Self::run), in its place of a chain.
+    fn run_link(&self, batch: &Batch) -> Result<Vec<SeamcallResult>, SeamError> {
+        let Some(place) = batch.chain else {
+            return self.run(batch);
+        };
+        let mut last = lock(&self.last_link);
+        let before = place.link.checked_sub(1);
+        if before.is_some_and(|link| *last != Some(Chain { link, ..place })) {
+            return Ok(Vec::new());
+        }
+        *last = None;
+        let results = self.run(batch)?;
+        let whole = results.len() == batch.calls.len()
+            && batch
+                .calls
+                .iter()
+                .zip(&results)
+                .all(|(call, result)| result.completed == call.count());
+        *last = whole.then_some(place);
+        Ok(results)
     }
 
     /// Forgets hooks and rules; how many rules had something left to spoil.
@@ -380,7 +414,13 @@ impl SeamPort for Port {
                 reason: "refused by the test".into(),
             }));
         }
-        Ticket::ready(self.run(&batch))
+        Ticket::ready(self.run_link(&batch))
+    }
+
+    fn chain(&self) -> Option<u64> {
+        self.chaining
+            .load(Ordering::SeqCst)
+            .then(|| self.chains.fetch_add(1, Ordering::SeqCst))
     }
 }
 
