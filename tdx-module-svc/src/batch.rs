@@ -53,6 +53,8 @@ pub(crate) struct Ticket {
     pub(crate) sequence: u64,
     /// Tells two batches apart that claim the same number.
     pub(crate) fingerprint: u64,
+    /// Answers up to this number have arrived.
+    pub(crate) acknowledged: u64,
 }
 
 impl Batch {
@@ -65,6 +67,7 @@ impl Batch {
             calls,
             lp,
             traceparent,
+            acknowledged,
             return_spans: _,
         } = request;
         if session.len() > MAX_SESSION_BYTES {
@@ -76,6 +79,10 @@ impl Batch {
                 "sequence",
                 "0, numbers of a session start at 1",
             ));
+        }
+        if acknowledged > 0 && acknowledged >= sequence {
+            let reason = format!("{acknowledged} is not below sequence {sequence}");
+            return Err(InvalidField::new("acknowledged", reason));
         }
         if lp >= bounds.logical_processors {
             let reason = format!("{lp}, the platform has {}", bounds.logical_processors);
@@ -103,6 +110,7 @@ impl Batch {
                 session,
                 sequence,
                 fingerprint,
+                acknowledged,
             }
         });
         Ok(Self {

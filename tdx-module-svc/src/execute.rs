@@ -15,7 +15,8 @@ use tokio::sync::OwnedMutexGuard;
 use crate::batch::{Batch, Ticket};
 use crate::faults::{Faults, Verdict};
 use crate::metrics::{Metrics, Via};
-use crate::replay::{Session, Window};
+use crate::replay::{Room, Session, Window};
+use crate::running::Run;
 use crate::status::Refusal;
 use crate::trace::Tracer;
 
@@ -33,7 +34,7 @@ pub(crate) struct Meter {
 /// Runs `batch`, or recalls its answer from `session`; `answer` makes a reply of the results.
 /// A batch that runs meets what `faults` have for it.
 pub(crate) async fn perform<R: Send + 'static>(
-    module: &Arc<Module>,
+    run: &Arc<Run>,
     faults: &Faults,
     meter: Meter,
     batch: Batch,
@@ -41,14 +42,17 @@ pub(crate) async fn perform<R: Send + 'static>(
     answer: impl FnOnce(&[SeamcallResult]) -> R + Send + 'static,
 ) -> Result<R, Refusal> {
     let under_way = meter.metrics.started();
+    let module = &run.module;
     let replay = match (session, &batch.ticket) {
         (Some(session), Some(ticket)) => {
-            let window = session.lock_owned().await;
+            let mut window = session.lock_owned().await;
+            window.acknowledge(ticket);
             if let Some(results) = window.recall(ticket)? {
                 meter.metrics.replayed();
                 return Ok(answer(results));
             }
-            Some((window, ticket.clone()))
+            let room = run.sessions.room(&window, ticket, batch.calls.len())?;
+            Some((window, ticket.clone(), room))
         }
         _ => None,
     };
@@ -86,17 +90,17 @@ fn run_and_record<R>(
     verdict: &Verdict,
     meter: &Meter,
     batch: &Batch,
-    replay: Option<(OwnedMutexGuard<Window>, Ticket)>,
+    replay: Option<(OwnedMutexGuard<Window>, Ticket, Room)>,
     answer: impl FnOnce(&[SeamcallResult]) -> R,
 ) -> R {
     let started = Instant::now();
-    let results = run(module, verdict, batch);
+    let results = calls(module, verdict, batch);
     meter
         .metrics
         .ran(meter.via, batch, &results, started.elapsed());
     let reply = answer(&results);
-    if let Some((mut window, ticket)) = replay {
-        window.record(&ticket, results);
+    if let Some((mut window, ticket, room)) = replay {
+        window.record(&ticket, results, room);
     }
     if verdict.abort_after {
         std::process::abort();
@@ -108,7 +112,7 @@ fn run_and_record<R>(
 ///
 /// An answer without the error bit (a range that is blocked already, say) ends the repeat that it
 /// belongs to and not the batch.
-fn run(module: &Module, verdict: &Verdict, batch: &Batch) -> Vec<SeamcallResult> {
+fn calls(module: &Module, verdict: &Verdict, batch: &Batch) -> Vec<SeamcallResult> {
     let mut tracer = Tracer::open(batch);
     if tracer.is_off() && verdict.statuses.is_empty() {
         return module.seamcalls(batch.lp, &batch.calls, batch.stop_on_error);
