@@ -25,6 +25,7 @@ mod plot;
 mod ranges;
 mod raw;
 mod remote;
+mod restart;
 mod scale;
 mod scatter;
 
@@ -63,6 +64,9 @@ pub enum Name {
     Scale,
     /// Calls with ten times the clients that are admitted, beside as many as are
     Overload,
+    /// Restart of mmu-service after kill -9 with a populated TD, beside one without VMs; a change that
+    /// is written down, beside one that is not
+    Restart,
     /// The floors by themselves
     Raw,
 }
@@ -129,6 +133,7 @@ pub async fn run(
         Name::Build => build::run(client, plan, &progress).await,
         Name::Scale => scale::run(plan, &progress).await,
         Name::Overload => overload::run(session, client, plan, &progress).await,
+        Name::Restart => restart::run(client, plan, &progress).await,
         Name::Raw => raw::run(module, plan, &progress).await,
     }
 }
