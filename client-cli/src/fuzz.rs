@@ -9,6 +9,8 @@ use std::io::Read as _;
 use tdx_defs::{Gpaw, PAGE_SIZE};
 
 use crate::args::PrivateMemory;
+use crate::compare::{self, Recording};
+use crate::conformance::Sequence;
 use crate::replay::{Plan, PlanOptions};
 use crate::tdvf::{MAX_ADDED_BYTES, Tdvf};
 use crate::trace::{self, Event, MAX_VCPU_ID};
@@ -107,6 +109,51 @@ pub fn fuzz_tdvf(bytes: &[u8]) {
     assert_eq!(image.check_gpaw(Gpaw::W52), Ok(()), "F2");
 }
 
+/// Reads a marked recording of a KVM, and everything that its steps say.
+///
+/// # Panics
+///
+/// When a recording is accepted without steps (R1), or more events are understood than stand in it
+/// (R2).
+pub fn fuzz_recording(bytes: &[u8]) {
+    let Ok(input) = trace::unpack(std::io::Cursor::new(bytes.to_vec())) else {
+        return;
+    };
+    let input = std::io::BufReader::new(input.take(MAX_TEXT_BYTES));
+    let Ok(recording) = Recording::read(input) else {
+        return;
+    };
+    assert!(!recording.steps.is_empty(), "R1");
+    let lines = recording.steps.iter().map(|step| step.lines.len());
+    assert!(compare::understand(&recording) <= lines.sum(), "R2");
+}
+
+/// Reads recorded call sequences, one a line.
+///
+/// # Panics
+///
+/// When what an accepted step writes is not as long as it says (Q1), or a step has no name (Q2).
+pub fn fuzz_sequence(bytes: &[u8]) {
+    for line in String::from_utf8_lossy(bytes).lines() {
+        let Ok(sequence) = Sequence::parse(line) else {
+            continue;
+        };
+        for step in &sequence.steps {
+            assert!(
+                step.leaf.is_some() || step.guest.is_some() || step.hook.is_some(),
+                "Q2: {}",
+                step.name()
+            );
+            for register in ["rcx", "rdx", "r8", "gpa"] {
+                let _ = step.input(register);
+            }
+            for write in &step.data {
+                assert_eq!(write.contents().len() as u64, write.length.0, "Q1");
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -118,6 +165,9 @@ mod tests {
     const TRACE: &[u8] = include_bytes!("../data/boot-small.trace");
     const SAMPLE: &[u8] = include_bytes!("../tests/data/sample.trace");
     const NOTIFIER: &[u8] = include_bytes!("../tests/data/notifier4k.trace");
+    const MARKED: &[u8] = include_bytes!("../tests/data/memslots_noquirk.trace");
+    const SEQUENCES: &[u8] =
+        include_bytes!("../../tdx-module-svc/tdx-module/tests/data/directed.jsonl");
     const PACKED: &[u8] = include_bytes!("../tests/data/boot-1g-2vcpu.trace.zst");
     /// The metadata and the table of the sample images are in their last bytes.
     const METADATA: usize = 0x210;
@@ -168,6 +218,19 @@ mod tests {
         }
     }
 
+    /// The samples below are read to their end, so that damage meets every part of the readers.
+    #[test]
+    fn recordings_and_sequences_are_understood_undamaged() {
+        let recording = Recording::read(MARKED).unwrap();
+        assert!(compare::understand(&recording) > 20);
+        fuzz_recording(MARKED);
+        let lines = String::from_utf8_lossy(SEQUENCES);
+        for line in lines.lines() {
+            assert!(Sequence::parse(line).is_ok(), "{line:.80}");
+        }
+        fuzz_sequence(SEQUENCES);
+    }
+
     #[test]
     fn kept_inputs_pass() {
         let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus");
@@ -208,6 +271,27 @@ mod tests {
         ) {
             let text = excerpt([TRACE, SAMPLE, NOTIFIER][which], at);
             fuzz_trace(&damaged(text, &changes, cut));
+        }
+
+        #[test]
+        fn damaged_marked_recordings_are_read_or_refused(
+            changes in changes(),
+            cut in cut(),
+        ) {
+            fuzz_recording(&damaged(MARKED, &changes, cut));
+        }
+
+        #[test]
+        fn damaged_sequences_are_read_or_refused(
+            line in any::<prop::sample::Index>(),
+            changes in changes(),
+            cut in cut(),
+        ) {
+            let lines: Vec<&[u8]> = SEQUENCES.split(|byte| *byte == b'\n').collect();
+            let line = lines[line.index(lines.len())];
+            if !line.is_empty() {
+                fuzz_sequence(&damaged(line, &changes, cut));
+            }
         }
 
         #[test]

@@ -16,6 +16,7 @@ mod cli;
 mod config;
 mod convert;
 mod events;
+pub mod fuzz;
 mod health;
 mod link;
 mod linked;

@@ -59,6 +59,8 @@ pub(crate) struct Ticket {
     pub(crate) sequence: u64,
     /// Tells two batches apart that claim the same number.
     pub(crate) fingerprint: u64,
+    /// Answers up to this number have arrived.
+    pub(crate) acknowledged: u64,
 }
 
 impl Batch {
@@ -72,6 +74,7 @@ impl Batch {
             lp,
             traceparent,
             chain,
+            acknowledged,
             return_spans: _,
         } = request;
         if session.len() > MAX_SESSION_BYTES {
@@ -86,6 +89,10 @@ impl Batch {
         }
         if chain.is_some() && session.is_empty() {
             return Err(InvalidField::new("chain", "given without a session"));
+        }
+        if acknowledged > 0 && acknowledged >= sequence {
+            let reason = format!("{acknowledged} is not below sequence {sequence}");
+            return Err(InvalidField::new("acknowledged", reason));
         }
         if lp >= bounds.logical_processors {
             let reason = format!("{lp}, the platform has {}", bounds.logical_processors);
@@ -113,6 +120,7 @@ impl Batch {
                 session,
                 sequence,
                 fingerprint,
+                acknowledged,
             }
         });
         Ok(Self {

@@ -109,6 +109,15 @@ pub struct Limits {
           value_parser = at_least_one())]
     pub max_sessions: usize,
 
+    /// Bytes that the answers of all sessions may take until they are acknowledged or leave their
+    /// window
+    #[arg(long, value_name = "BYTES", default_value_t = Self::DEFAULT.max_replay_bytes)]
+    pub max_replay_bytes: u64,
+
+    /// The same of one session
+    #[arg(long, value_name = "BYTES", default_value_t = Self::DEFAULT.max_session_replay_bytes)]
+    pub max_session_replay_bytes: u64,
+
     /// Answers of one stream that may wait to be sent before its next batch runs
     #[arg(long, value_name = "N", default_value_t = Self::DEFAULT.max_in_flight,
           value_parser = at_least_one())]
@@ -132,6 +141,8 @@ impl Limits {
         max_message_bytes: 16 << 20,
         replay_window: 64,
         max_sessions: 1024,
+        max_replay_bytes: 256 << 20,
+        max_session_replay_bytes: 32 << 20,
         max_in_flight: 32,
         max_concurrent_requests: 256,
         drain_ms: 10_000,

@@ -15,7 +15,8 @@ use tokio::sync::OwnedMutexGuard;
 use crate::batch::{Batch, Ticket};
 use crate::faults::{Faults, Verdict};
 use crate::metrics::{Metrics, Via};
-use crate::replay::{Session, Window};
+use crate::replay::{Room, Session, Window};
+use crate::running::Run;
 use crate::status::Refusal;
 use crate::trace::Tracer;
 
@@ -29,7 +30,7 @@ pub(crate) struct Meter {
 /// Runs `batch`, or recalls its answer from `session`; `answer` makes a reply of the results.
 /// A batch that runs meets what `faults` have for it.
 pub(crate) async fn perform<R: Send + 'static>(
-    module: &Arc<Module>,
+    run: &Arc<Run>,
     faults: &Faults,
     meter: Meter,
     batch: Batch,
@@ -37,18 +38,22 @@ pub(crate) async fn perform<R: Send + 'static>(
     answer: impl FnOnce(&[SeamcallResult]) -> R + Send + 'static,
 ) -> Result<R, Refusal> {
     let under_way = meter.metrics.started();
+    let module = &run.module;
     let replay = match (session, &batch.ticket) {
         (Some(session), Some(ticket)) => {
             let mut window = session.lock_owned().await;
+            window.acknowledge(ticket);
             if let Some(results) = window.recall(ticket)? {
                 meter.metrics.replayed();
                 return Ok(answer(results));
             }
             if !window.goes_on(batch.chain) {
-                window.record(ticket, Vec::new());
+                let room = run.sessions.room(&window, ticket, 0)?;
+                window.record(ticket, Vec::new(), room);
                 return Ok(answer(&[]));
             }
-            Some((window, ticket.clone()))
+            let room = run.sessions.room(&window, ticket, batch.calls.len())?;
+            Some((window, ticket.clone(), room))
         }
         _ => None,
     };
@@ -86,20 +91,20 @@ fn run_and_record<R>(
     verdict: &Verdict,
     meter: &Meter,
     batch: &Batch,
-    replay: Option<(OwnedMutexGuard<Window>, Ticket)>,
+    replay: Option<(OwnedMutexGuard<Window>, Ticket, Room)>,
     answer: impl FnOnce(&[SeamcallResult]) -> R,
 ) -> R {
     let started = Instant::now();
-    let results = run(module, verdict, batch);
+    let results = calls(module, verdict, batch);
     meter
         .metrics
         .ran(meter.via, batch, &results, started.elapsed());
     let reply = answer(&results);
-    if let Some((mut window, ticket)) = replay {
+    if let Some((mut window, ticket, room)) = replay {
         if let Some(chain) = batch.chain {
             window.link(chain, batch.ran_whole(&results));
         }
-        window.record(&ticket, results);
+        window.record(&ticket, results, room);
     }
     if verdict.abort_after {
         std::process::abort();
@@ -111,7 +116,7 @@ fn run_and_record<R>(
 ///
 /// An answer without the error bit (a range that is blocked already, say) ends the repeat that it
 /// belongs to and not the batch.
-fn run(module: &Module, verdict: &Verdict, batch: &Batch) -> Vec<SeamcallResult> {
+fn calls(module: &Module, verdict: &Verdict, batch: &Batch) -> Vec<SeamcallResult> {
     let mut tracer = Tracer::open(batch);
     if tracer.is_off() && verdict.statuses.is_empty() {
         let results = module.seamcalls(batch.lp, &batch.calls, batch.stop_on_error);

@@ -2,7 +2,8 @@
 //!
 //! [`fuzz_execute`] takes the same way as a call from the wire: decode, check, session, dispatch,
 //! answer. It needs no fuzzer of a certain make; `fuzz/` drives it with libFuzzer, and the tests
-//! of this file with requests that were valid before they were damaged.
+//! of this file with requests that were valid before they were damaged. [`fuzz_requests`] does the
+//! same for all RPCs, [`fuzz_platform`] for the platform file.
 //!
 //! What holds for every input
 //! - Z1  Nothing panics, and the module never fails in the middle of a batch.
@@ -10,6 +11,9 @@
 //! - Z3  Each call has one result, unless a batch stops at an error; a run completes at most its
 //!   count.
 //! - Z4  A batch of a session that is sent again gets the same answer and runs nothing (S3).
+
+mod platform;
+mod requests;
 
 use std::future::Future;
 use std::pin::pin;
@@ -30,6 +34,9 @@ use crate::config::Limits;
 use crate::faults::Faults;
 use crate::running::Running;
 use crate::service::ModuleService;
+
+pub use platform::fuzz_platform;
+pub use requests::{fuzz_requests, request_seeds};
 
 /// Bounds of one input, small so that each takes microseconds. A batch stays below the size that
 /// gets a thread of its own: a fuzzer is to run in one thread.
@@ -281,6 +288,17 @@ mod tests {
 
     use super::*;
 
+    /// Runs what is kept for a target.
+    pub(super) fn each_kept(target: &str, run: impl Fn(&[u8])) {
+        let folder = format!("{}/../fuzz/corpus/{target}", env!("CARGO_MANIFEST_DIR"));
+        let mut inputs = 0;
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            run(&std::fs::read(entry.unwrap().path()).unwrap());
+            inputs += 1;
+        }
+        assert!(inputs > 0, "{folder} is empty");
+    }
+
     /// Statuses of a request on the machine above.
     fn statuses(request: ExecuteRequest) -> Vec<CompletionStatus> {
         let running = Running::start(platform(), &LIMITS).unwrap();
@@ -315,13 +333,7 @@ mod tests {
 
     #[test]
     fn kept_inputs_pass() {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/execute");
-        let mut inputs = 0;
-        for entry in std::fs::read_dir(folder).unwrap() {
-            fuzz_execute(&std::fs::read(entry.unwrap().path()).unwrap());
-            inputs += 1;
-        }
-        assert!(inputs > 0, "{folder} is empty");
+        each_kept("execute", fuzz_execute);
     }
 
     #[test]

@@ -39,6 +39,7 @@ pub(crate) struct Metrics {
     stream: IntCounter,
     replayed: IntCounter,
     in_flight: IntGauge,
+    replay_bytes: IntGauge,
     batch_calls: Histogram,
     batch_seconds: Histogram,
     refused: IntCounterVec,
@@ -113,6 +114,10 @@ impl Metrics {
             in_flight: gauge(
                 "tdx_module_batches_in_flight",
                 "Batches that are executing or wait for the one before them.",
+            ),
+            replay_bytes: gauge(
+                "tdx_module_replay_bytes",
+                "Memory that answers take which are kept for batches sent again.",
             ),
             batch_calls: histogram(
                 "tdx_module_batch_calls",
@@ -227,6 +232,8 @@ impl Metrics {
             .set(1);
         let usage = module.usage();
         self.hkids_in_use.set(usage.hkids_in_use.into());
+        let replay_bytes = i64::try_from(run.sessions.bytes()).unwrap_or(i64::MAX);
+        self.replay_bytes.set(replay_bytes);
         for (page_type, pages) in usage.pages {
             let gauge = self
                 .pamt_pages

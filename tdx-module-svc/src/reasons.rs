@@ -22,6 +22,9 @@ transport::reasons! {
     SESSIONS_IN_USE: ResourceExhausted, "`RetryInfo`",
         "every session that may be remembered is in use",
         "send it again after the delay, close streams, or raise `--max-sessions`";
+    REPLAY_FULL: ResourceExhausted, "`RetryInfo`",
+        "the answers that are kept for batches sent again take all the memory that they may; nothing has run",
+        "acknowledge the answers that have arrived (`ExecuteRequest.acknowledged`) and send it again after the delay, or raise `--max-replay-bytes` and `--max-session-replay-bytes`";
     OVERLOADED: ResourceExhausted, "`RetryInfo`",
         "more requests are in work than `--max-concurrent-requests`; nothing has run",
         "send it again after the delay";

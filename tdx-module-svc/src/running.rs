@@ -8,7 +8,7 @@ use tdx_module::hooks::LockObject;
 use tdx_module::{LockMode, Module, PlatformConfig, PlatformError};
 
 use crate::config::Limits;
-use crate::replay::Sessions;
+use crate::replay::{ReplayMemory, Sessions};
 
 /// Locks that callers may hold at a time.
 const MAX_HELD_LOCKS: usize = 1024;
@@ -65,7 +65,13 @@ impl Running {
 impl Run {
     fn new(platform: &PlatformConfig, limits: &Limits) -> Result<Self, PlatformError> {
         let instance = uuid::Uuid::new_v4().to_string();
-        let sessions = Sessions::new(limits.max_sessions, limits.replay_window, instance.clone());
+        let memory = ReplayMemory::new(limits.max_replay_bytes, limits.max_session_replay_bytes);
+        let sessions = Sessions::new(
+            limits.max_sessions,
+            limits.replay_window,
+            memory,
+            instance.clone(),
+        );
         Ok(Self {
             module: Arc::new(Module::new(platform.clone())?),
             instance,

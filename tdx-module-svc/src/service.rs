@@ -135,7 +135,7 @@ impl Shared {
             via,
         };
         let mut response = execute::perform(
-            &run.module,
+            &run,
             &self.faults,
             meter,
             batch,

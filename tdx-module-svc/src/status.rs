@@ -17,7 +17,7 @@ use crate::reasons;
 
 /// Domain of the reasons, as google.rpc.ErrorInfo asks for one.
 pub(crate) const DOMAIN: &str = "tdx.module.v1";
-/// When to come back while every session is in use, in milliseconds.
+/// When to come back while every session is in use or holds its answers, in milliseconds.
 const SESSIONS_RETRY_MS: u64 = 100;
 
 /// Why a request gets no answer.
@@ -65,6 +65,16 @@ pub(crate) enum Refusal {
         /// How many there are.
         limit: usize,
     },
+    /// There is no room for another answer.
+    #[error("{what} take {held} of {limit} bytes, and this one does not fit; it has not run")]
+    ReplayFull {
+        /// Whose.
+        what: &'static str,
+        /// What they take.
+        held: u64,
+        /// What they may take.
+        limit: u64,
+    },
     /// The service accepts nothing more.
     #[error("the service is stopping")]
     Draining,
@@ -94,6 +104,7 @@ impl Refusal {
             Self::BelowWindow { .. } => reasons::BELOW_REPLAY_WINDOW,
             Self::SequenceReused { .. } => reasons::SEQUENCE_REUSED,
             Self::TooManySessions { .. } => reasons::SESSIONS_IN_USE,
+            Self::ReplayFull { .. } => reasons::REPLAY_FULL,
             Self::Draining => reasons::DRAINING,
             Self::InjectionOff => reasons::INJECTION_OFF,
             Self::LockNotFree => reasons::LOCK_NOT_FREE,
@@ -125,7 +136,7 @@ impl From<Refusal> for Status {
             Refusal::BelowWindow { lowest, .. } => {
                 metadata.insert("lowest".to_owned(), lowest.to_string());
             }
-            Refusal::TooManySessions { .. } => {
+            Refusal::TooManySessions { .. } | Refusal::ReplayFull { .. } => {
                 details.set_retry_info(Some(Duration::from_millis(SESSIONS_RETRY_MS)));
             }
             Refusal::SequenceReused { .. }
@@ -206,15 +217,17 @@ mod tests {
     }
 
     #[test]
-    fn a_full_session_table_says_when_to_come_back() {
-        let status = Status::from(Refusal::TooManySessions { limit: 3 });
-        assert_eq!(status.code(), Code::ResourceExhausted);
-        assert!(
-            status
-                .get_details_retry_info()
-                .unwrap()
-                .retry_delay
-                .is_some()
-        );
+    fn a_full_table_and_full_windows_say_when_to_come_back() {
+        let full = Refusal::ReplayFull {
+            what: "answers",
+            held: 1,
+            limit: 1,
+        };
+        for refusal in [Refusal::TooManySessions { limit: 3 }, full] {
+            let status = Status::from(refusal);
+            assert_eq!(status.code(), Code::ResourceExhausted);
+            let retry = status.get_details_retry_info().unwrap();
+            assert!(retry.retry_delay.is_some());
+        }
     }
 }

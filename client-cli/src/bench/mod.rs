@@ -25,6 +25,7 @@ mod plot;
 mod ranges;
 mod raw;
 mod remote;
+mod restart;
 mod scale;
 mod scatter;
 mod trace;
@@ -66,6 +67,9 @@ pub enum Name {
     Overload,
     /// What tracing costs: faults through the closed gate, and populating with spans of every message
     Trace,
+    /// Restart of mmu-service after kill -9 with a populated TD, beside one without VMs; a change that
+    /// is written down, beside one that is not
+    Restart,
     /// The floors by themselves
     Raw,
 }
@@ -133,6 +137,7 @@ pub async fn run(
         Name::Scale => scale::run(plan, &progress).await,
         Name::Overload => overload::run(session, client, plan, &progress).await,
         Name::Trace => trace::run(client, plan, &progress).await,
+        Name::Restart => restart::run(client, plan, &progress).await,
         Name::Raw => raw::run(module, plan, &progress).await,
     }
 }

@@ -8,7 +8,7 @@
 
 mod plan;
 mod report;
-mod stack;
+pub(crate) mod stack;
 mod strike;
 mod tally;
 mod worker;

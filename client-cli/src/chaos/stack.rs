@@ -10,12 +10,12 @@ use crate::local::{self, LocalError, Process, ProcessMemory};
 use crate::stop::Stop;
 
 /// How long a service may take until it serves, its recovery included.
-pub(super) const READY_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const READY_LIMIT: Duration = Duration::from_secs(60);
 /// How long a process takes to be gone whose connections are.
 const DYING_LIMIT: Duration = Duration::from_secs(5);
 
 /// Both services.
-pub(super) struct Stack {
+pub(crate) struct Stack {
     // Dropped in this order: the processes end before their directory goes.
     mmu: Process,
     module: Process,
@@ -28,7 +28,7 @@ pub(super) struct Stack {
 
 impl Stack {
     /// Starts both and waits until they serve.
-    pub(super) async fn start(stop: &Stop) -> Result<Self, LocalError> {
+    pub(crate) async fn start(stop: &Stop) -> Result<Self, LocalError> {
         let directory = local::directory()?;
         let program = std::env::current_exe().map_err(LocalError::Program)?;
         let module_url = local::socket_url(directory.path(), Role::Module)?;
@@ -63,16 +63,16 @@ impl Stack {
         })
     }
 
-    pub(super) fn mmu_url(&self) -> &str {
+    pub(crate) fn mmu_url(&self) -> &str {
         &self.mmu_options[1]
     }
 
-    pub(super) fn module_url(&self) -> &str {
+    pub(crate) fn module_url(&self) -> &str {
         &self.module_options[1]
     }
 
     /// Resident memory of both.
-    pub(super) fn memory(&self) -> Option<ProcessMemory> {
+    pub(crate) fn memory(&self) -> Option<ProcessMemory> {
         Some(ProcessMemory {
             mmu: self.mmu.resident_bytes()?,
             module: self.module.resident_bytes()?,
@@ -80,12 +80,12 @@ impl Stack {
     }
 
     /// Whether the module has ended by itself.
-    pub(super) async fn module_ended(&mut self) -> bool {
+    pub(crate) async fn module_ended(&mut self) -> bool {
         self.module.ended().await.is_some()
     }
 
     /// Whether the module ends by itself, when its connection has broken already.
-    pub(super) async fn module_ends_soon(&mut self) -> bool {
+    pub(crate) async fn module_ends_soon(&mut self) -> bool {
         let ended = async {
             while !self.module_ended().await {
                 tokio::time::sleep(Duration::from_millis(2)).await;
@@ -95,7 +95,7 @@ impl Stack {
     }
 
     /// Ends a service at once (SIGKILL), and starts it again.
-    pub(super) async fn kill(&mut self, role: Role) -> Result<(), LocalError> {
+    pub(crate) async fn kill(&mut self, role: Role) -> Result<(), LocalError> {
         let (process, options) = match role {
             Role::Module => (&mut self.module, &self.module_options),
             Role::Mmu => (&mut self.mmu, &self.mmu_options),
@@ -107,7 +107,7 @@ impl Stack {
     }
 
     /// A service that ended although nobody asked it to.
-    pub(super) async fn obituary(&mut self) -> Option<LocalError> {
+    pub(crate) async fn obituary(&mut self) -> Option<LocalError> {
         match self.module.ended().await {
             Some(ended) => Some(ended),
             None => self.mmu.ended().await,
@@ -115,7 +115,7 @@ impl Stack {
     }
 
     /// Stops both and removes the directory.
-    pub(super) async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.mmu.stop().await;
         self.module.stop().await;
         let _ = self.directory.close();

@@ -21,6 +21,26 @@ mod spte;
 mod stimuli;
 mod verbs;
 
+use tdx_defs::PAGE_SIZE;
+
 pub use player::Player;
 pub use recording::{Line, Outcome, Recording, RecordingError, Step};
 pub use report::{Difference, Report, Verdict};
+
+/// Reads everything that a recording says: settings, arguments, events. How many events have a form
+/// that is known.
+pub(crate) fn understand(recording: &Recording) -> usize {
+    let settings = settings::Settings::of(&recording.steps);
+    let mut known = 0;
+    for (at, step) in recording.steps.iter().enumerate() {
+        let gpa = step.number(&["gpa", "start", "base"]).unwrap_or_default();
+        let size = step.number(&["size", "len"]).unwrap_or_default();
+        let (frame, pages) = (gpa / PAGE_SIZE, size / PAGE_SIZE);
+        settings.largest(at, frame, pages);
+        for line in &step.lines {
+            let seen = seen::seen(settings.format, &line.name, &line.text);
+            known += usize::from(matches!(seen, Some(Ok(_))));
+        }
+    }
+    known
+}

@@ -16,6 +16,7 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
         ("scale", "4M", 1024),
         ("fault", "2M", 100),
         ("trace", "4M", 1 << 16),
+        ("restart", "4M", 1024),
         ("raw", "2M", 1000),
     ] {
         let ran = run([
@@ -52,6 +53,12 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
                 let figures = figure["figures"].as_array().unwrap();
                 assert_eq!(figures.len(), 4);
                 assert!(figure["memory"]["bytes_per_page"]["module"].is_number());
+            }
+            "restart" => {
+                let figures = figure["figures"].as_array().unwrap();
+                assert_eq!(figures.len(), 2, "{figure}");
+                assert!(figure["recovery_s"].as_f64().unwrap() > 0.0, "{figure}");
+                assert_eq!(figures[1]["ops"], 100, "{figure}");
             }
             "growth" => {
                 let figures = figure["figures"].as_array().unwrap();

@@ -14,17 +14,17 @@ use transport::Roles;
 use crate::common::{Run, finish, mmuctl};
 
 /// Nothing here takes longer.
-const LIMIT: Duration = Duration::from_secs(60);
-const HOUR: Duration = Duration::from_secs(3600);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const HOUR: Duration = Duration::from_secs(3600);
 
 /// What a service has logged so far.
 #[derive(Clone, Default)]
-struct Log(Arc<(Mutex<String>, Condvar)>);
+pub(crate) struct Log(Arc<(Mutex<String>, Condvar)>);
 
 impl Log {
     /// Waits for a line with all of `words`.
     #[track_caller]
-    fn expect(&self, words: &[&str]) -> String {
+    pub(crate) fn expect(&self, words: &[&str]) -> String {
         let find = |log: &str| {
             log.lines()
                 .find(|line| words.iter().all(|word| line.contains(word)))
@@ -44,9 +44,9 @@ impl Log {
 }
 
 /// A service, until dropped.
-struct Service {
+pub(crate) struct Service {
     child: Child,
-    log: Log,
+    pub(crate) log: Log,
 }
 
 impl Service {
@@ -76,7 +76,7 @@ impl Service {
 
     /// Where it listens, with the port that it took.
     #[track_caller]
-    fn url(&self, scheme: &str) -> String {
+    pub(crate) fn url(&self, scheme: &str) -> String {
         let line = self.log.expect(&["listening", scheme]);
         let (_, rest) = line.split_once(scheme).unwrap();
         let authority = rest.split_whitespace().next().unwrap();
@@ -92,22 +92,22 @@ impl Drop for Service {
 }
 
 /// A folder of certificates.
-struct Certs(TempDir);
+pub(crate) struct Certs(TempDir);
 
 impl Certs {
     /// As `mmuctl certs` makes them.
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let made = finish(mmuctl().arg("certs").arg(dir.path()));
         assert_eq!(made.code, Some(0), "{}", made.stderr);
         Self(dir)
     }
 
-    fn file(&self, name: &str) -> String {
+    pub(crate) fn file(&self, name: &str) -> String {
         self.0.path().join(name).display().to_string()
     }
 
-    fn put(&self, name: &str, issued: &Issued) {
+    pub(crate) fn put(&self, name: &str, issued: &Issued) {
         std::fs::write(self.file(&format!("{name}.pem")), &issued.cert).unwrap();
         std::fs::write(self.file(&format!("{name}.key")), &issued.key).unwrap();
     }
@@ -124,7 +124,7 @@ impl Certs {
         ]
     }
 
-    fn module(&self, filter: &str, more: &[&str]) -> Service {
+    pub(crate) fn module(&self, filter: &str, more: &[&str]) -> Service {
         let tls = self.of_service("module");
         let mut options = vec!["--listen", "https://127.0.0.1:0"];
         options.extend(tls.iter().map(String::as_str));
@@ -132,16 +132,21 @@ impl Certs {
         Service::start("__module", filter, &options)
     }
 
-    fn mmu(&self, filter: &str, module: &str) -> Service {
+    pub(crate) fn mmu(&self, filter: &str, module: &str) -> Service {
+        self.mmu_with(filter, module, &[])
+    }
+
+    pub(crate) fn mmu_with(&self, filter: &str, module: &str, more: &[&str]) -> Service {
         let (tls, ca) = (self.of_service("mmu"), self.file("ca.pem"));
         let mut options = vec!["--listen", "https://127.0.0.1:0", "--module", module];
         options.extend(["--module-tls-ca", &ca]);
         options.extend(tls.iter().map(String::as_str));
+        options.extend(more);
         Service::start("__mmu", filter, &options)
     }
 
     /// `mmuctl` as somebody.
-    fn caller(&self, name: &str, line: &str) -> Command {
+    pub(crate) fn caller(&self, name: &str, line: &str) -> Command {
         let mut command = mmuctl();
         command.args(line.split_whitespace());
         command.args(["--output", "json", "--tls-ca", &self.file("ca.pem")]);

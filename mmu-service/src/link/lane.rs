@@ -217,6 +217,9 @@ impl Lane {
     fn number(&mut self, request: &mut ExecuteRequest) {
         request.session.clone_from(&self.session);
         request.sequence = self.next_sequence;
+        let oldest = self.unanswered.front();
+        let oldest = oldest.map_or(self.next_sequence, |sent| sent.request.sequence);
+        request.acknowledged = oldest - 1;
         self.next_sequence += 1;
     }
 

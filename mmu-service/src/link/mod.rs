@@ -319,6 +319,7 @@ impl ModuleLink {
         let request = ExecuteRequest {
             session: String::new(),
             sequence: 0,
+            acknowledged: 0,
             stop_on_error,
             calls: calls.into_iter().map(seamcall_to_wire).collect(),
             lp,

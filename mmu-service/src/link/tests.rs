@@ -67,6 +67,10 @@ struct Story {
     recorded: HashMap<(String, u64), u64>,
     /// Sessions and numbers as they came in.
     seen: Vec<(String, u64)>,
+    /// Up to which number of a session the answers have arrived; they are forgotten.
+    acknowledged: HashMap<String, u64>,
+    /// A number was sent again that was acknowledged before.
+    acknowledged_too_early: bool,
 }
 
 /// A module that follows a story. Every call answers its RCX in RAX.
@@ -93,6 +97,13 @@ impl Fake {
         let mut story = self.story.lock().unwrap();
         let key = (request.session.clone(), request.sequence);
         story.seen.push(key.clone());
+        let known = story.acknowledged.entry(key.0.clone()).or_default();
+        *known = request.acknowledged.max(*known);
+        let known = *known;
+        story.acknowledged_too_early |= key.1 <= known;
+        story
+            .recorded
+            .retain(|(session, number), _| *session != key.0 || *number > known);
         let act = story.acts.pop_front().unwrap_or(Act::Answer);
         if let Act::Refuse(code) = act {
             return Some(Err(Status::new(code, "as told")));
@@ -295,6 +306,8 @@ async fn batches_of_a_processor_run_in_order_with_consecutive_numbers() {
             .zip(1..)
             .all(|(seen, n)| seen.0 == *session && seen.1 == n)
     );
+    // The module keeps what is under way, and no more.
+    assert!(story.recorded.len() <= 8, "{}", story.recorded.len());
 }
 
 #[tokio::test]
@@ -313,6 +326,7 @@ async fn a_lost_answer_is_asked_for_again_and_nothing_runs_twice() {
         ran.sort_unstable();
         assert_eq!(ran, [1, 2, 3, 4, 5, 6], "{via:?}");
         assert!(story.seen.len() >= 9, "{via:?}: three answers were lost");
+        assert!(!story.acknowledged_too_early, "{via:?}");
     }
 }
 

@@ -41,6 +41,8 @@ impl Slot {
         }
         request.session.clone_from(&self.session);
         request.sequence = self.next_sequence;
+        // One at a time: the one before has its answer, or this is another session.
+        request.acknowledged = self.next_sequence - 1;
         self.next_sequence += 1;
     }
 }

@@ -4,20 +4,26 @@
 //! after one poll, after two, and so on until it comes to its end, and the VM is audited each time.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::Poll;
 
 use clap::Parser as _;
 use mirror_proto::mmu as wire;
-use tokio::sync::oneshot;
+use mirror_proto::mmu::mmu_service_server::MmuServiceServer;
+use prost::Message;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::StreamExt as _;
-use transport::{Address, Listener};
+use tonic::Streaming;
+use tonic::codec::Codec as _;
+use tonic::service::Routes;
+use tonic_prost::ProstCodec;
+use transport::{Address, Listener, ScriptedCall};
 
-use super::{faults, lifecycle, memory, tables};
+use super::{Service, faults, lifecycle, memory, run, tables};
 use crate::config::Config;
 use crate::link::ModuleLink;
 use crate::metrics::Metrics;
 use crate::shell::Shell;
-use std::sync::Arc;
 
 const PAGE: u64 = 4096;
 const SLOT: u64 = 1 << 20;
@@ -199,7 +205,45 @@ impl Bench {
                 };
                 let _ = tables::zap_range(shell, request).await;
             }
+            // The tasks of a stream are dropped where they are, as at the end of the runtime.
+            Path::Faults => {
+                let (ahead, batches) = mpsc::channel(2);
+                let (out, mut answers) = mpsc::channel(1);
+                let read = faults::read_ahead(
+                    Arc::clone(shell),
+                    streamed(&fault_batches(vm_id, round)),
+                    ahead,
+                );
+                let answer = faults::answer_batches(Arc::clone(shell), String::new(), batches, out);
+                let drain = async { while answers.recv().await.is_some() {} };
+                tokio::join!(read, answer, drain);
+            }
+            Path::Run => {
+                let (out, mut answers) = mpsc::channel(1);
+                let serve = run::serve(Arc::clone(shell), streamed(&runs(vm_id, round)), out);
+                let drain = async { while answers.recv().await.is_some() {} };
+                tokio::join!(serve, drain);
+            }
+            // The caller hangs up; the tasks of its stream find out.
+            Path::FaultsCall => {
+                self.call("HandleFaults", &fault_batches(vm_id, round))
+                    .await
+            }
+            Path::RunCall => self.call("RunVcpu", &runs(vm_id, round)).await,
         }
+    }
+
+    async fn call(&self, method: &str, messages: &[impl Message]) {
+        let path = format!("/kvm.mmu.v1.MmuService/{method}");
+        let rule = crate::RULES.iter().find(|(known, _)| *known == path);
+        let service = Service::new(Arc::clone(&self.shell));
+        let call = ScriptedCall {
+            path: rule.unwrap().0,
+            message: None,
+            body: body(messages),
+        };
+        let made = call.make(Routes::new(MmuServiceServer::new(service)), false);
+        made.await.unwrap();
     }
 
     /// Mirror, private tree and PAMT agree, and nothing is half done. Waits for whatever the VM is
@@ -220,6 +264,81 @@ enum Path {
     Convert,
     PunchHole,
     Zap,
+    Faults,
+    Run,
+    FaultsCall,
+    RunCall,
+}
+
+impl Path {
+    const ALL: [Self; 9] = [
+        Self::Fault,
+        Self::Populate,
+        Self::Convert,
+        Self::PunchHole,
+        Self::Zap,
+        Self::Faults,
+        Self::Run,
+        Self::FaultsCall,
+        Self::RunCall,
+    ];
+
+    /// Whether the path takes pages away, and so needs some.
+    fn removes(self) -> bool {
+        matches!(self, Self::Convert | Self::PunchHole | Self::Zap)
+    }
+}
+
+/// The body of a request with several messages.
+fn body(messages: &[impl Message]) -> bytes::Bytes {
+    let frames = messages
+        .iter()
+        .map(|message| ScriptedCall::new("", message.encode_to_vec().into()).body);
+    frames.collect::<Vec<_>>().concat().into()
+}
+
+/// The messages as they come to a handler.
+fn streamed<T: Message + Default + 'static>(messages: &[T]) -> Streaming<T> {
+    let body = tonic::body::Body::new(http_body_util::Full::new(body(messages)));
+    let decoder = ProstCodec::<T, T>::default().decoder();
+    Streaming::new_request(decoder, body, None, None)
+}
+
+/// Three batches of faults, of pages that no other round has.
+fn fault_batches(vm_id: u64, round: u64) -> Vec<wire::HandleFaultsRequest> {
+    let batch = |tag| wire::HandleFaultsRequest {
+        vm_id,
+        faults: (0..2)
+            .map(|page| wire::Fault {
+                gpa: (100 + 6 * (round % 20) + 2 * tag + page) * PAGE,
+                qualification: 2,
+                ..Default::default()
+            })
+            .collect(),
+        tag,
+        ..Default::default()
+    };
+    (0..3).map(batch).collect()
+}
+
+/// Two runs of a guest that accepts a page and writes it.
+fn runs(vm_id: u64, round: u64) -> Vec<wire::RunVcpuRequest> {
+    let op = |op| wire::RunOp { op: Some(op) };
+    let run = |at| {
+        let gpa = (40 + 2 * (round % 20) + at) * PAGE;
+        wire::RunVcpuRequest {
+            vm_id,
+            ops: vec![
+                op(wire::run_op::Op::Accept(wire::RunAccept { gpa, level: 1 })),
+                op(wire::run_op::Op::Write(wire::RunWrite {
+                    gpa,
+                    data: vec![7],
+                })),
+            ],
+            ..Default::default()
+        }
+    };
+    (0..2).map(run).collect()
 }
 
 #[test]
@@ -231,18 +350,12 @@ async fn cancel_each_path() {
     let bench = Bench::start().await;
     for mode in [wire::Mode::Batched, wire::Mode::Kernel] {
         let vm_id = bench.vm(mode).await;
-        for path in [
-            Path::Fault,
-            Path::Populate,
-            Path::Convert,
-            Path::PunchHole,
-            Path::Zap,
-        ] {
+        for path in Path::ALL {
             let mut cancelled = 0;
             for polls in 1..MANY_POLLS {
                 let case = format!("{mode:?} {path:?}, {polls} polls");
                 let round = polls as u64;
-                if path != Path::Fault && path != Path::Populate {
+                if path.removes() {
                     bench.convert(vm_id, PRIVATE).await.unwrap();
                     let gpa = wire::PreFaultMemoryRequest {
                         vm_id,

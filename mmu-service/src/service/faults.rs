@@ -140,10 +140,10 @@ pub(super) fn handle_faults(
     ReceiverStream::new(answers)
 }
 
-type Batches = mpsc::Sender<Result<wire::HandleFaultsRequest, Status>>;
+pub(super) type Batches = mpsc::Sender<Result<wire::HandleFaultsRequest, Status>>;
 
 /// Reads until the client, the answering task or the service ends.
-async fn read_ahead(
+pub(super) async fn read_ahead(
     shell: Arc<Shell>,
     mut requests: Streaming<wire::HandleFaultsRequest>,
     ahead: Batches,
@@ -168,7 +168,7 @@ async fn read_ahead(
     }
 }
 
-async fn answer_batches(
+pub(super) async fn answer_batches(
     shell: Arc<Shell>,
     caller: String,
     mut batches: mpsc::Receiver<Result<wire::HandleFaultsRequest, Status>>,

@@ -36,7 +36,7 @@ pub(super) fn run_vcpu(
     ReceiverStream::new(answers)
 }
 
-async fn serve(
+pub(super) async fn serve(
     shell: Arc<Shell>,
     mut requests: Streaming<wire::RunVcpuRequest>,
     out: mpsc::Sender<Result<wire::RunVcpuResponse, Status>>,

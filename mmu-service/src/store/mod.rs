@@ -9,18 +9,21 @@
 //! - D2  Only its owner can read it: the directory has mode 0700, the file 0600.
 
 mod ledger;
+mod raw;
 mod rows;
 
 use std::fs::{DirBuilder, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mirror_proto::mmu::CreateVmRequest;
 use redb::backends::FileBackend;
 use redb::{
-    Database, ReadableDatabase as _, ReadableTable as _, TableDefinition, WriteTransaction,
+    Database, ReadableDatabase as _, ReadableTable as _, StorageBackend, TableDefinition,
+    WriteTransaction,
 };
 use tdp_mmu::{LedgerError, VmRecord};
 use tdx_defs::Pfn;
@@ -133,22 +136,40 @@ impl Store {
             .mode(0o600)
             .open(&path)
             .map_err(io(&path))?;
-        let damaged = |source: redb::Error| StateError::Database {
-            path: path.clone(),
-            source: Box::new(source),
-        };
-        let backend = FileBackend::new(file).map_err(|error| damaged(error.into()))?;
-        let database = redb::Builder::new()
-            .set_cache_size(CACHE_BYTES)
-            .create_with_backend(backend)
-            .map_err(|error| damaged(error.into()))?;
-        let store = Self { database };
-        let format = store.prepare().map_err(&damaged)?;
-        if format != THIS_FORMAT {
-            let found = format;
+        let backend = FileBackend::new(file).map_err(|error| damaged(&path, error))?;
+        Self::on(backend, &path)
+    }
+
+    /// Opens the state in a file; `path` says which in errors.
+    pub(crate) fn on(backend: impl StorageBackend, path: &Path) -> Result<Arc<Self>, StateError> {
+        let open = AssertUnwindSafe(|| Self::checked(backend));
+        // redb panics where a file that says it was closed in order is damaged in some places.
+        let opened = catch_unwind(open).unwrap_or_else(|_| {
+            let reason = "its structure makes no sense".to_owned();
+            Err(redb::Error::Corrupted(reason))
+        });
+        let (store, found) = opened.map_err(|error| damaged(path, error))?;
+        if found != THIS_FORMAT {
+            let path = path.to_owned();
             return Err(StateError::Format { path, found });
         }
         Ok(Arc::new(store))
+    }
+
+    /// A state that its checksums agree with, and its format. Whatever the file was when its process
+    /// ended, redb has put in order when it was opened; what disagrees then was changed by something
+    /// else.
+    fn checked(backend: impl StorageBackend) -> Result<(Self, u64), redb::Error> {
+        let mut database = redb::Builder::new()
+            .set_cache_size(CACHE_BYTES)
+            .create_with_backend(backend)?;
+        if !database.check_integrity()? {
+            let reason = "its checksums do not agree with it".to_owned();
+            return Err(redb::Error::Corrupted(reason));
+        }
+        let store = Self { database };
+        let format = store.prepare()?;
+        Ok((store, format))
     }
 
     /// Makes the tables, so that every look finds them. Answers the format.
@@ -265,7 +286,11 @@ impl Store {
                 }
                 for entry in private.range((id, u64::MIN)..=(id, u64::MAX))? {
                     let (key, end) = entry?;
-                    kept.record.private.insert(key.value().1, end.value());
+                    let (first, end) = (key.value().1, end.value());
+                    if first >= end {
+                        return Err(unreadable(format!("a private range of VM {id}")));
+                    }
+                    kept.record.private.insert(first, end);
                 }
                 all.push(kept);
             }
@@ -319,6 +344,13 @@ impl Store {
             }
             Ok(())
         })
+    }
+}
+
+fn damaged(path: &Path, source: impl Into<redb::Error>) -> StateError {
+    StateError::Database {
+        path: path.to_owned(),
+        source: Box::new(source.into()),
     }
 }
 

@@ -4,6 +4,8 @@
 //! answered, so the caller may send the same request again after the delay. A call holds its place
 //! until its handler returns; a streaming call has other bounds once its stream is open.
 
+mod returns;
+
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,27 +20,28 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use tower::{Layer, Service};
 
 use crate::Reason;
+use returns::Returns;
 
 /// Layer that admits `limit` requests at a time to the services behind it, taken together.
 #[derive(Debug, Clone)]
 pub struct AdmissionLayer {
     places: Arc<Semaphore>,
     limit: usize,
-    retry_after: Duration,
+    returns: Arc<Returns>,
     reason: Reason,
     domain: &'static str,
     refused: Arc<AtomicU64>,
 }
 
 impl AdmissionLayer {
-    /// Admits `limit` requests and tells the others to come back after `retry_after`, for `reason`
-    /// of `domain`.
+    /// Admits `limit` requests and tells the others to come back after `retry_after` or later, one
+    /// after the other, for `reason` of `domain`.
     pub fn new(limit: usize, retry_after: Duration, reason: Reason, domain: &'static str) -> Self {
         let limit = limit.min(Semaphore::MAX_PERMITS);
         Self {
             places: Arc::new(Semaphore::new(limit)),
             limit,
-            retry_after,
+            returns: Arc::new(Returns::new(retry_after, limit)),
             reason,
             domain,
             refused: Arc::default(),
@@ -52,7 +55,7 @@ impl AdmissionLayer {
 
     /// The refusal of a request that found no place.
     fn refusal(&self) -> Status {
-        let mut details = ErrorDetails::with_retry_info(Some(self.retry_after));
+        let mut details = ErrorDetails::with_retry_info(Some(self.returns.delay()));
         details.set_error_info(self.reason.word, self.domain, HashMap::new());
         let message = format!("{} requests are in work, the limit", self.limit);
         Status::with_error_details(self.reason.code, message, details)
@@ -158,7 +161,9 @@ mod tests {
         assert_eq!(status.code(), Code::ResourceExhausted);
         assert_eq!(status.message(), "2 requests are in work, the limit");
         let details = status.get_error_details();
-        assert_eq!(details.retry_info().unwrap().retry_delay, Some(retry_after));
+        let delay = details.retry_info().unwrap().retry_delay.unwrap();
+        // The service's clock may tick between the two.
+        assert!(delay >= retry_after && delay < retry_after * 2, "{delay:?}");
         let info = details.error_info().unwrap();
         assert_eq!((&*info.reason, &*info.domain), ("OVERLOADED", "a.b"));
         assert_eq!(layer.refused(), 1);

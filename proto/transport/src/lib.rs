@@ -18,6 +18,7 @@ mod client;
 mod handshake;
 mod listen;
 mod reason;
+mod script;
 mod server;
 mod signal;
 mod socket;
@@ -37,6 +38,7 @@ pub use client::{
 };
 pub use listen::{BindError, Exposure, Incoming, Listener};
 pub use reason::{Reason, code_name, reasons_section, reasons_table};
+pub use script::ScriptedCall;
 pub use server::{ServeError, serve, server};
 pub use signal::{shutdown_signal, stdin_closed};
 pub use socket::{Connection, PeerInfo, Plain, Tls, TlsPeer, open};

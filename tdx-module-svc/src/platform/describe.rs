@@ -41,6 +41,7 @@ pub(crate) fn describe(module: &Module, limits: &Limits, instance: &str) -> GetP
         max_message_bytes: limits.max_message_bytes,
         replay_window: limits.replay_window,
         five_level: config.five_level,
+        max_session_replay_bytes: limits.max_session_replay_bytes,
     }
 }
 

@@ -56,6 +56,14 @@ pub enum PlatformFileError {
     },
 }
 
+/// Replaces what the text of a platform file names. Whether it is one.
+pub(crate) fn apply_text(text: &str, platform: &mut PlatformConfig) -> bool {
+    toml::from_str::<file::PlatformFile>(text).is_ok_and(|file| {
+        file.apply(platform);
+        true
+    })
+}
+
 /// The platform that the settings describe.
 pub(crate) fn resolve(config: &Config) -> Result<PlatformConfig, PlatformFileError> {
     let mut platform = match config.profile {

@@ -90,6 +90,59 @@ async fn numbers_below_the_window_are_refused() {
 }
 
 #[tokio::test]
+async fn answers_that_nobody_acknowledges_take_no_more_than_they_may() {
+    let server = Server::with(Limits {
+        // Two answers of eight calls.
+        max_session_replay_bytes: 1500,
+        ..Limits::default()
+    })
+    .await;
+    let mut client = server.client().await;
+    let calls = || vec![rdmd(TDR); 8];
+    let first = execute(&mut client, numbered("s", 1, calls()))
+        .await
+        .unwrap();
+    execute(&mut client, numbered("s", 2, calls()))
+        .await
+        .unwrap();
+    let mut third = numbered("s", 3, [vec![create()], calls()].concat());
+    let refusal = execute(&mut client, third.clone()).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::ResourceExhausted);
+    assert!(refusal.message().contains("of 1500 bytes"), "{refusal}");
+    let details = refusal.get_error_details();
+    assert_eq!(details.error_info().unwrap().reason, "REPLAY_FULL");
+    assert!(details.retry_info().unwrap().retry_delay.is_some());
+    assert_eq!(pages_in_use(&mut client, "PT_TDR").await, 0);
+    // Nothing was dropped for it.
+    let again = execute(&mut client, numbered("s", 1, calls()))
+        .await
+        .unwrap();
+    assert_eq!(again, first);
+
+    third.acknowledged = 1;
+    let answer = execute(&mut client, third.clone()).await.unwrap();
+    assert_success(&statuses_of(&answer)[..1]);
+    assert_eq!(execute(&mut client, third).await.unwrap(), answer);
+    let refusal = execute(&mut client, numbered("s", 1, calls()))
+        .await
+        .unwrap_err();
+    let info = refusal.get_details_error_info().unwrap();
+    assert_eq!(
+        (&*info.reason, &*info.metadata["lowest"]),
+        ("BELOW_REPLAY_WINDOW", "2")
+    );
+
+    let mut early = numbered("s", 4, calls());
+    early.acknowledged = 4;
+    let refusal = execute(&mut client, early).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::InvalidArgument);
+    assert!(
+        refusal.message().starts_with("acknowledged: 4"),
+        "{refusal}"
+    );
+}
+
+#[tokio::test]
 async fn one_number_for_two_batches_is_refused() {
     let server = Server::start().await;
     let mut client = server.client().await;
