@@ -357,7 +357,6 @@ impl Window {
         self.chain = whole.then_some(chain);
     }
 
-    /// Keeps the answer of a batch that has run.
     /// Keeps the answer of a batch that has run, in the room that was taken for it.
     pub(crate) fn record(&mut self, ticket: &Ticket, results: Vec<SeamcallResult>, mut room: Room) {
         // It may have ended before its last call.
