@@ -33,6 +33,7 @@ mod trace;
 use std::time::{Duration, Instant};
 
 pub use figure::Figure;
+pub use in_process::platform_of;
 pub use overload::OPTIONS as OVERLOAD_OPTIONS;
 pub use plot::plot;
 

@@ -15,6 +15,7 @@ mod refusals;
 mod restart;
 mod run;
 mod scale;
+mod scenarios;
 mod stack;
 mod surface;
 mod table;
