@@ -47,6 +47,9 @@ pub struct ReplayArgs {
     /// Which events may overtake each other
     #[arg(long, value_enum, default_value_t)]
     pub order: Order,
+    /// The guest accepts each private page once it is mapped (TDG.MEM.PAGE.ACCEPT)
+    #[arg(long)]
+    pub accept: bool,
     /// Host virtual address of guest physical address 0, for kvm_unmap_hva_range; default:
     /// inferred from the recording
     #[arg(long, value_name = "HEX", value_parser = hex_number)]

@@ -1,11 +1,13 @@
 //! An MMU service for tests: it keeps what it was asked, in order, and answers by a script.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 
 use mirror_proto::mmu::mmu_service_server::{MmuService, MmuServiceServer};
 use mirror_proto::mmu::*;
+use tdx_defs::{CompletionStatus, OperandId};
 use tempfile::TempDir;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
@@ -21,6 +23,7 @@ pub(super) enum Asked {
     Create,
     Destroy(u64),
     Faults { vcpu_id: u32, gpas: Vec<u64> },
+    Accepts { vcpu_id: u32, pages: Vec<u64> },
     Unmap(u64, u64),
     Hole(u32, u64, u64),
 }
@@ -58,6 +61,7 @@ impl Fake {
             script,
             asked: asked.clone(),
             times: Arc::default(),
+            accepted: Arc::default(),
         };
         tokio::spawn(
             tonic::transport::Server::builder()
@@ -85,7 +89,11 @@ struct Service {
     script: Script,
     asked: Arc<Mutex<Vec<Asked>>>,
     times: Arc<Mutex<HashMap<u64, usize>>>,
+    accepted: Arc<Mutex<HashMap<u64, u64>>>,
 }
+
+/// The module is busy with this page when the guest accepts it first.
+pub(super) const BUSY_PAGE: u64 = 0xB000;
 
 impl Service {
     fn note(&self, asked: Asked) {
@@ -126,6 +134,49 @@ impl Service {
             gpas,
         });
         Ok(answer)
+    }
+
+    /// Every page is there; a guest accepts it, and then again.
+    fn run(&self, message: RunVcpuRequest) -> RunVcpuResponse {
+        let pages: Vec<u64> = message
+            .ops
+            .iter()
+            .map(|op| match &op.op {
+                Some(run_op::Op::Accept(accept)) => accept.gpa,
+                other => panic!("a guest that accepts does {other:?}"),
+            })
+            .collect();
+        let mut accepted = self.accepted.lock().unwrap();
+        let results = pages.iter().map(|&page| {
+            let times = accepted.entry(page).or_insert(0);
+            *times += 1;
+            let first = if page == BUSY_PAGE { 2 } else { 1 };
+            let status = match (*times).cmp(&first) {
+                Ordering::Less => CompletionStatus::OPERAND_BUSY.with(OperandId::RCX),
+                Ordering::Equal => CompletionStatus::SUCCESS,
+                Ordering::Greater => CompletionStatus::PAGE_ALREADY_ACCEPTED,
+            };
+            let resumed = RunResumed {
+                regs: Some(RunRegs {
+                    regs: vec![status.0],
+                }),
+                ..Default::default()
+            };
+            RunResult {
+                result: Some(run_result::Result::Resumed(resumed)),
+            }
+        });
+        let results = results.collect();
+        self.note(Asked::Accepts {
+            vcpu_id: message.vcpu_id,
+            pages,
+        });
+        RunVcpuResponse {
+            results,
+            exit: Some(run_vcpu_response::Exit::Done(true)),
+            entries: 1,
+            ..Default::default()
+        }
     }
 
     /// How often a fault was asked, and counts it.
@@ -206,9 +257,12 @@ impl MmuService for Service {
 
     async fn run_vcpu(
         &self,
-        _: Request<Streaming<RunVcpuRequest>>,
+        request: Request<Streaming<RunVcpuRequest>>,
     ) -> Result<Response<Self::RunVcpuStream>, Status> {
-        Err(Status::unimplemented("not in this test"))
+        let service = self.clone();
+        let answers = request.into_inner();
+        let answers = answers.map(move |message| message.map(|message| service.run(message)));
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn punch_hole(

@@ -361,3 +361,43 @@ fn a_report_of_one_mode_leaves_the_other_out_and_a_bad_place_is_refused_first() 
             .contains("report: cannot write /nonexistent/report.html")
     );
 }
+
+#[test]
+fn a_guest_that_accepts_has_every_private_page() {
+    let file = data("boot-small.trace");
+    let expected = expected(&touches("boot-small.trace"), RANGES);
+    for (mode, order) in [
+        ("batched", "recorded"),
+        ("batched", "per-vcpu"),
+        ("kernel", "recorded"),
+    ] {
+        let run = run([
+            "replay",
+            file.to_str().unwrap(),
+            "--accept",
+            "--private",
+            RANGES,
+            "--mode",
+            mode,
+            "--order",
+            order,
+            "--output",
+            "json",
+        ]);
+        assert_eq!(run.code, Some(0), "{mode} {order}: {}", run.stderr);
+        let report = run.json();
+        let name = format!("{mode} {order}: {report}");
+        // Each private page went from PENDING to MAPPED once, whoever touched it first.
+        assert_eq!(report["accepted"]["pages"], expected.private, "{name}");
+        assert_eq!(
+            report["accepted"]["again"], expected.private_again,
+            "{name}"
+        );
+        // All else is as without: KVM has nothing to do with it.
+        assert_eq!(report["ret_pf"]["FIXED"], expected.pages, "{name}");
+        assert_eq!(report["seamcalls"]["TDH.MEM.PAGE.AUG"], expected.private);
+        assert_eq!(report["audit"]["mismatches"], 0, "{name}");
+        assert_eq!(report["audit"]["leaves"], expected.private, "{name}");
+        assert_eq!(report["after_destroy"]["pages_in_use"], 0, "{name}");
+    }
+}
