@@ -9,7 +9,11 @@ use super::{ModeArg, PrivateMemory};
 
 /// `mmuctl demo`.
 #[derive(Debug, Args)]
-pub struct DemoArgs {}
+pub struct DemoArgs {
+    /// Leave the VM of the second run where it is, to look at: not with services of its own
+    #[arg(long)]
+    pub keep: bool,
+}
 
 /// Which events of a recording may overtake each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]

@@ -29,4 +29,4 @@ pub(crate) use play::ret_pf_name;
 pub use play::{Played, Player};
 pub use report::{AfterDestroy, AuditResult, Report};
 pub use slots::SlotPlan;
-pub use vm::{TdVm, VmSpec, audit, platform_use, with_vm};
+pub use vm::{TdVm, VmSpec, audit, platform_use, with_vm, with_vm_or_keep};

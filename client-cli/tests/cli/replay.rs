@@ -1,6 +1,6 @@
 //! Whole replays through both services, with the counts that the recordings must give.
 
-use crate::common::{data, run};
+use crate::common::{Services, data, run};
 use crate::recorded::{RANGES, expected, touches};
 use serde_json::{Value, json};
 
@@ -228,6 +228,26 @@ fn the_demo_measures_its_image_and_compares_both_modes() {
         demo["trace_id"].as_str().is_some_and(|id| id.len() == 32),
         "{demo}"
     );
+}
+
+#[test]
+fn a_demo_that_keeps_its_vm_leaves_something_to_look_at() {
+    let services = Services::start();
+    let demo = services.ok("demo --keep");
+    let vm = demo["vm_id"].as_u64().expect("the VM of mode batched");
+    let listed = services.ok("vm list");
+    let listed = listed["vms"].as_array().unwrap();
+    assert_eq!(listed.len(), 1, "{listed:?}");
+    assert_eq!(listed[0]["vm_id"], vm);
+    let audit = services.ok(&format!("audit --vm {vm}"));
+    assert_eq!(audit["mismatches"], 0, "{audit}");
+    assert_eq!(audit["leaves"], demo["audit"]["leaves"], "{audit}");
+    services.ok(&format!("vm destroy --vm {vm}"));
+
+    // With services of its own nothing could stay.
+    let alone = run(["demo", "--keep"]);
+    assert_eq!(alone.code, Some(2), "{}", alone.stderr);
+    assert!(alone.stderr.contains("--keep"), "{}", alone.stderr);
 }
 
 /// Every element of a page is closed in order, and every attribute quoted: what an XML reader asks.
