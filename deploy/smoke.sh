@@ -105,6 +105,19 @@ trace=$(field trace_id "$fault")
 audit=$(client audit --vm "$vm")
 echo "$audit"
 [[ $(field mismatches "$audit") == 0 ]] || die "the audit found mismatches"
+
+if [[ -z ${SMOKE_TLS:-} ]]; then
+    # What a browser and Prometheus get from the published port.
+    mmu=http://127.0.0.1:${MMU_PORT:-50051}
+    page=$(get "$mmu/") || die "no page on $mmu"
+    grep -q '<title>TDX mirror MMU</title>' <<<"$page" || die "something else than the page is on $mmu"
+    overview=$(get "$mmu/api/overview") || die "no overview on $mmu"
+    grep -q "\"jaeger_url\":\"http://localhost:${JAEGER_UI_PORT:-16686}\"" <<<"$overview" ||
+        die "the page links to another Jaeger: $overview"
+    metrics=$(get "$mmu/metrics") || die "no metrics on $mmu/metrics"
+    grep -q '^mmu_faults_total{.*} 1$' <<<"$metrics" || die "the metrics do not tell of the fault"
+    say "the page and the metrics are on $mmu"
+fi
 client vm destroy "$vm" >/dev/null
 
 if [[ -n ${SMOKE_TLS:-} ]]; then

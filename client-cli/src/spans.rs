@@ -104,7 +104,7 @@ impl SpanTree {
     /// A table for people.
     pub fn text(&self) -> String {
         let start = self.start();
-        let mut table = Table::new(&["span", "process", "at", "took", "what"]);
+        let mut table = Table::new(&["span", "process", ">at", ">took", "what"]);
         for (at, lead) in self.walk() {
             let span = &self.spans[at];
             table.row([

@@ -124,8 +124,31 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text = format!("{text}: {error}");
+        let next = error.to_string();
+        // Some libraries repeat their cause in their own message.
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("no service answers: {0}")]
+        struct Repeats(#[source] std::io::Error);
+
+        let cause = std::io::Error::other("connection refused");
+        assert_eq!(
+            chain(&Repeats(cause)),
+            "no service answers: connection refused"
+        );
+    }
 }

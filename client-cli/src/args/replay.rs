@@ -9,7 +9,11 @@ use super::{ModeArg, PrivateMemory};
 
 /// `mmuctl demo`.
 #[derive(Debug, Args)]
-pub struct DemoArgs {}
+pub struct DemoArgs {
+    /// Leave the VM of the second run where it is, to look at: not with services of its own
+    #[arg(long)]
+    pub keep: bool,
+}
 
 /// Which events of a recording may overtake each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -47,6 +51,9 @@ pub struct ReplayArgs {
     /// Which events may overtake each other
     #[arg(long, value_enum, default_value_t)]
     pub order: Order,
+    /// The guest accepts each private page once it is mapped (TDG.MEM.PAGE.ACCEPT)
+    #[arg(long)]
+    pub accept: bool,
     /// Host virtual address of guest physical address 0, for kvm_unmap_hva_range; default:
     /// inferred from the recording
     #[arg(long, value_name = "HEX", value_parser = hex_number)]

@@ -88,3 +88,29 @@ fn wrong_lines_are_usage_errors_that_name_the_argument() {
         assert!(error.to_string().contains(want), "{line}: {error}");
     }
 }
+
+#[test]
+fn the_flags_of_all_commands_are_documented_with_their_variables() {
+    let document = include_str!("../../../docs/configuration.md");
+    let (_, rest) = document.split_once("\n## mmuctl\n").unwrap();
+    let rows = rest.split("\n## ").next().unwrap();
+    let command = Cli::command();
+    let flags = command.get_arguments().filter(|flag| !flag.is_hide_set());
+    for flag in flags {
+        let Some(name) = flag.get_long() else {
+            continue;
+        };
+        if ["help", "version"].contains(&name) {
+            continue;
+        }
+        let row = rows.lines().find(|row| {
+            let cell = row.split('|').nth(1).unwrap_or_default();
+            cell.contains(&format!("`--{name} ")) || cell.contains(&format!("`--{name}`"))
+        });
+        let row = row.unwrap_or_else(|| panic!("--{name} is not documented"));
+        if let Some(variable) = flag.get_env() {
+            let variable = variable.to_str().unwrap();
+            assert!(row.contains(&format!("`{variable}`")), "--{name}: {row}");
+        }
+    }
+}

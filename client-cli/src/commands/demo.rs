@@ -11,14 +11,16 @@ use tdx_defs::Gpaw;
 
 use super::ranges::set_attributes;
 use super::replay::read;
-use crate::args::{AddressRange, ModeArg, Order, PrivateMemory, Visibility};
+use crate::args::{AddressRange, DemoArgs, ModeArg, Order, PrivateMemory, Visibility};
 use crate::client::Client;
 use crate::error::Error;
 use crate::output::{Answer, Table, hex, merge};
 use crate::progress::Progress;
 use crate::replay::{
-    Plan, PlanOptions, Played, Player, Report, Segment, TdVm, VmSpec, audit, platform_use, with_vm,
+    Plan, PlanOptions, Played, Player, Report, Segment, TdVm, VmSpec, audit, platform_use,
+    with_vm_or_keep,
 };
+use crate::session::Session;
 use crate::tally::Tally;
 use crate::tdvf::Tdvf;
 use crate::trace::Trace;
@@ -37,17 +39,27 @@ struct Run {
     to_shared: Tally,
     to_private: Tally,
     again: Played,
+    /// The VM, where it is still there.
+    kept: Option<u64>,
 }
 
 /// `mmuctl demo`.
-pub(super) async fn run(client: &Client) -> Result<Answer, Error> {
+pub(super) async fn run(
+    session: &Session,
+    client: &Client,
+    args: &DemoArgs,
+) -> Result<Answer, Error> {
+    if args.keep && session.is_local() {
+        let reason = "--keep needs services that stay: name them with --mmu";
+        return Err(Error::Usage(reason.to_owned()));
+    }
     let image = Tdvf::parse(IMAGE)?;
     let trace = read(TRACE)?;
-    let kernel = boot(client, ModeArg::Kernel, &image, &trace).await?;
-    let batched = boot(client, ModeArg::Batched, &image, &trace).await?;
+    let kernel = boot(client, ModeArg::Kernel, false, &image, &trace).await?;
+    let batched = boot(client, ModeArg::Batched, args.keep, &image, &trace).await?;
     let mut json = batched.report.to_json();
     if let Value::Object(members) =
-        json!({ "kernel": kernel.to_json(), "batched": batched.to_json() })
+        json!({ "kernel": kernel.to_json(), "batched": batched.to_json(), "vm_id": batched.kept })
     {
         merge(&mut json, members);
     }
@@ -65,6 +77,7 @@ pub(super) async fn run(client: &Client) -> Result<Answer, Error> {
 async fn boot(
     client: &Client,
     mode: ModeArg,
+    keep: bool,
     image: &Tdvf<'_>,
     trace: &Trace,
 ) -> Result<Run, Error> {
@@ -81,7 +94,7 @@ async fn boot(
         gpaw: 48,
         label: "demo",
     };
-    let done = with_vm(client, spec, plan.vcpus.len(), async |vm_id| {
+    let done = with_vm_or_keep(client, spec, plan.vcpus.len(), !keep, async |vm_id| {
         let vm = Arc::new(TdVm::build(client, vm_id, &plan, Some(image)).await?);
         let progress = Progress::new("faults", plan.fault_count());
         let player = Player::new(client, vm.clone(), progress);
@@ -105,7 +118,7 @@ async fn boot(
             audit,
         ))
     });
-    let (mrtd, built, played, to_shared, to_private, again, audit) = done.await?;
+    let ((mrtd, built, played, to_shared, to_private, again, audit), vm_id) = done.await?;
     let report = Report {
         mode: mode.name(),
         order: Order::Recorded.name(),
@@ -123,6 +136,7 @@ async fn boot(
         to_shared,
         to_private,
         again,
+        kept: keep.then_some(vm_id),
     })
 }
 
@@ -233,9 +247,12 @@ fn text(kernel: &Run, batched: &Run) -> String {
         batched.report.played.tally.rpcs,
     );
     let saved_convert = ratio(kernel.to_shared.rpcs, batched.to_shared.rpcs);
+    let kept = batched.kept.map_or_else(String::new, |vm| {
+        format!("\nVM {vm} is still there; mmuctl vm destroy --vm {vm} ends it.")
+    });
     format!(
         "MRTD {}\n{table}\nBatching needs {saved} fewer messages for the boot and {saved_convert} \
-         fewer to convert 2 MiB; the result is the same.",
+         fewer to convert 2 MiB; the result is the same.{kept}",
         batched.report.mrtd
     )
 }

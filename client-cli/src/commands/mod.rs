@@ -52,7 +52,7 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
     }
     let client = &session.client().await?;
     match command {
-        Command::Demo(_) => demo::run(client).await,
+        Command::Demo(args) => demo::run(session, client, args).await,
         Command::Vm(command) => vm::run(client, command).await,
         Command::Vcpu(command) => vm::run_vcpu(client, command).await,
         Command::Slot(SlotCommand::Set(args)) => slot::set(client, args).await,

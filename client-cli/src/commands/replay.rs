@@ -126,7 +126,7 @@ async fn play(
         };
         let before = map().await?;
         let progress = Progress::new("faults", plan.fault_count());
-        let player = Player::new(client, vm.clone(), progress);
+        let player = Player::new(client, vm.clone(), progress).accepting(args.accept);
         let played = player.play(&plan, args.order).await?;
         let memory = memory_before.zip(session.memory());
         let after = map().await?;
@@ -189,6 +189,9 @@ fn command(args: &ReplayArgs) -> String {
     }
     words.extend(["--mode".into(), args.mode.name().into()]);
     words.extend(["--order".into(), args.order.name().into()]);
+    if args.accept {
+        words.push("--accept".into());
+    }
     if let Some(base) = args.hva_base {
         words.push(format!("--hva-base {base:x}"));
     }

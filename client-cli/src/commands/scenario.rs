@@ -52,7 +52,10 @@ fn run_some(args: &ScenarioRunArgs) -> Result<Answer, Error> {
         texts.push(text(id, &done));
     }
     let scenarios = args.ids.len() as u64;
-    let json = json!({ "mode": args.mode.name(), "scenarios": objects });
+    // The first scenario's members are the object's own: one is what most ask for.
+    let mut json = objects.first().cloned().unwrap_or_else(|| json!({}));
+    json["mode"] = args.mode.name().into();
+    json["scenarios"] = objects.into();
     Ok(Answer {
         verdict: (failed > 0).then_some(Error::Scenario { failed, scenarios }),
         ..Answer::new(json, texts.join("\n"))

@@ -1,5 +1,6 @@
 //! An MMU service for tests: it keeps what it was asked, in order, and answers by a script.
 
+use std::cmp;
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use mirror_proto::mmu::mmu_service_server::{MmuService, MmuServiceServer};
 use mirror_proto::mmu::*;
+use tdx_defs::{CompletionStatus, OperandId};
 use tempfile::TempDir;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
@@ -22,6 +24,7 @@ pub(super) enum Asked {
     Create,
     Destroy(u64),
     Faults { vcpu_id: u32, gpas: Vec<u64> },
+    Accepts { vcpu_id: u32, pages: Vec<u64> },
     Unmap(u64, u64),
     Hole(u32, u64, u64),
 }
@@ -61,6 +64,7 @@ impl Fake {
             asked: asked.clone(),
             times: Arc::default(),
             messages: Arc::default(),
+            accepted: Arc::default(),
         };
         let messages = Arc::clone(&service.messages);
         tokio::spawn(
@@ -96,7 +100,11 @@ struct Service {
     asked: Arc<Mutex<Vec<Asked>>>,
     times: Arc<Mutex<HashMap<u64, usize>>>,
     messages: Arc<AtomicUsize>,
+    accepted: Arc<Mutex<HashMap<u64, u64>>>,
 }
+
+/// The module is busy with this page when the guest accepts it first.
+pub(super) const BUSY_PAGE: u64 = 0xB000;
 
 impl Service {
     fn note(&self, asked: Asked) {
@@ -149,6 +157,49 @@ impl Service {
             self.note(Asked::Faults { vcpu_id, gpas });
         }
         Ok(answer)
+    }
+
+    /// Every page is there; a guest accepts it, and then again.
+    fn run(&self, message: RunVcpuRequest) -> RunVcpuResponse {
+        let pages: Vec<u64> = message
+            .ops
+            .iter()
+            .map(|op| match &op.op {
+                Some(run_op::Op::Accept(accept)) => accept.gpa,
+                other => panic!("a guest that accepts does {other:?}"),
+            })
+            .collect();
+        let mut accepted = self.accepted.lock().unwrap();
+        let results = pages.iter().map(|&page| {
+            let times = accepted.entry(page).or_insert(0);
+            *times += 1;
+            let first = if page == BUSY_PAGE { 2 } else { 1 };
+            let status = match (*times).cmp(&first) {
+                cmp::Ordering::Less => CompletionStatus::OPERAND_BUSY.with(OperandId::RCX),
+                cmp::Ordering::Equal => CompletionStatus::SUCCESS,
+                cmp::Ordering::Greater => CompletionStatus::PAGE_ALREADY_ACCEPTED,
+            };
+            let resumed = RunResumed {
+                regs: Some(RunRegs {
+                    regs: vec![status.0],
+                }),
+                ..Default::default()
+            };
+            RunResult {
+                result: Some(run_result::Result::Resumed(resumed)),
+            }
+        });
+        let results = results.collect();
+        self.note(Asked::Accepts {
+            vcpu_id: message.vcpu_id,
+            pages,
+        });
+        RunVcpuResponse {
+            results,
+            exit: Some(run_vcpu_response::Exit::Done(true)),
+            entries: 1,
+            ..Default::default()
+        }
     }
 
     /// How often a fault was asked, and counts it.
@@ -229,9 +280,12 @@ impl MmuService for Service {
 
     async fn run_vcpu(
         &self,
-        _: Request<Streaming<RunVcpuRequest>>,
+        request: Request<Streaming<RunVcpuRequest>>,
     ) -> Result<Response<Self::RunVcpuStream>, Status> {
-        Err(Status::unimplemented("not in this test"))
+        let service = self.clone();
+        let answers = request.into_inner();
+        let answers = answers.map(move |message| message.map(|message| service.run(message)));
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn init_mem_regions(

@@ -6,6 +6,7 @@
 //!
 //! The plan is pure; the player talks to the services.
 
+mod accept;
 #[cfg(test)]
 mod fake;
 pub mod html;
@@ -20,6 +21,7 @@ mod report;
 mod slots;
 mod vm;
 
+pub use accept::Accepted;
 pub use hva::{HvaBase, HvaSource};
 pub use map::AddressMap;
 pub use plan::{Hole, Plan, PlanError, PlanOptions, PlannedFault, Segment, UnmapStep};
@@ -27,4 +29,4 @@ pub(crate) use play::ret_pf_name;
 pub use play::{Played, Player};
 pub use report::{AfterDestroy, AuditResult, Report};
 pub use slots::SlotPlan;
-pub use vm::{TdVm, VmSpec, audit, platform_use, with_vm};
+pub use vm::{TdVm, VmSpec, audit, platform_use, with_vm, with_vm_or_keep};

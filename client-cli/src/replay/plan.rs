@@ -88,6 +88,8 @@ pub struct PlannedFault {
     pub gpa: u64,
     /// Exit qualification bits 5:0.
     pub qualification: u64,
+    /// Which tree has to answer.
+    pub visibility: Visibility,
 }
 
 /// The host takes pages away.
@@ -187,6 +189,7 @@ impl Plan {
                             Visibility::Private => recorded,
                             Visibility::Shared => as_shared(recorded),
                         },
+                        visibility: placed.visibility,
                     });
                 }
                 Event::Unmap(unmap) => match self.unmap(unmap.start, unmap.end) {

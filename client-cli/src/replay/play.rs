@@ -5,8 +5,11 @@
 //! answer before them.
 //!
 //! A fault that ends with RET_PF_RETRY is sent again, as the guest's next attempt would be.
+//!
+//! A guest that accepts does so before its next access: each message waits for the answers of the
+//! one before it and for what the guest made of them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,11 +17,13 @@ use mirror_proto::mmu::{
     Fault, FaultOutcome, FaultRun, HandleFaultsRequest, HandleFaultsResponse, PunchHoleRequest,
     RetPf, UnmapHvaRequest,
 };
+use tdx_defs::{PAGE_SIZE, Visibility};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
+use super::accept::{Accepted, Guest};
 use super::meter::{Bin, Meter};
 use super::plan::{Plan, PlannedFault, UnmapStep};
 use super::vm::TdVm;
@@ -55,6 +60,8 @@ pub struct Played {
     pub retries: u64,
     /// Unmaps that were applied.
     pub unmaps: u64,
+    /// What a guest that accepts made of its pages; `None` of one that does not.
+    pub accepted: Option<Accepted>,
     /// What all of it cost.
     pub tally: Tally,
     /// How long it took.
@@ -74,6 +81,9 @@ impl Played {
         self.unlisted += other.unlisted;
         self.retries += other.retries;
         self.unmaps += other.unmaps;
+        if let Some(accepted) = other.accepted {
+            self.accepted.get_or_insert_default().merge(accepted);
+        }
         self.tally.merge(other.tally);
     }
 
@@ -89,6 +99,7 @@ pub struct Player {
     client: Client,
     vm: Arc<TdVm>,
     progress: Progress,
+    accept: bool,
     /// Locked for a few additions a message.
     meter: Arc<Mutex<Meter>>,
     started: Instant,
@@ -101,9 +112,16 @@ impl Player {
             client: client.clone(),
             vm,
             progress,
+            accept: false,
             meter: Arc::default(),
             started: Instant::now(),
         }
+    }
+
+    /// Whether the guest accepts each private page that KVM mapped for it.
+    #[must_use]
+    pub fn accepting(self, accept: bool) -> Self {
+        Self { accept, ..self }
     }
 
     /// What was measured so far.
@@ -256,6 +274,9 @@ struct Lane<'a> {
     )>,
     waiting: VecDeque<Sent>,
     again: VecDeque<Sent>,
+    /// Faults that left nothing mapped, of those since the guest last accepted.
+    unmapped: HashSet<u64>,
+    guest: Option<Guest<'a>>,
     next_tag: u64,
     played: Played,
 }
@@ -277,6 +298,10 @@ impl<'a> Lane<'a> {
             stream: None,
             waiting: VecDeque::new(),
             again: VecDeque::new(),
+            unmapped: HashSet::new(),
+            guest: player
+                .accept
+                .then(|| Guest::new(&player.client, player.vm.vm_id)),
             next_tag: 1,
             played: Played::default(),
         }
@@ -299,7 +324,26 @@ impl<'a> Lane<'a> {
             faults: batch.iter().map(fault).collect(),
             at: Instant::now(),
         })
-        .await
+        .await?;
+        self.accept(first.vcpu, batch).await
+    }
+
+    /// Lets the guest accept what the batch mapped in the mirror root.
+    async fn accept(&mut self, vcpu: usize, batch: &[PlannedFault]) -> Result<(), Error> {
+        if self.guest.is_none() {
+            return Ok(());
+        }
+        self.drain().await?;
+        let unmapped = std::mem::take(&mut self.unmapped);
+        let is_mapped = |fault: &&PlannedFault| {
+            fault.visibility == Visibility::Private && !unmapped.contains(&fault.gpa)
+        };
+        let pages = batch.iter().filter(is_mapped);
+        let pages = pages.map(|fault| fault.gpa & !(PAGE_SIZE - 1)).collect();
+        match &mut self.guest {
+            Some(guest) => guest.accept(self.player.vm.vcpu_id(vcpu), pages).await,
+            None => Ok(()),
+        }
     }
 
     /// Waits for all answers, those of repeated faults included.
@@ -321,6 +365,10 @@ impl<'a> Lane<'a> {
         if let Some((requests, mut answers)) = self.stream.take() {
             drop(requests);
             self.player.client.next(HANDLE_FAULTS, &mut answers).await?;
+        }
+        if let Some(guest) = self.guest {
+            self.played.accepted = Some(guest.accepted);
+            self.played.tally.merge(guest.tally);
         }
         Ok(self.played)
     }
@@ -404,7 +452,10 @@ impl<'a> Lane<'a> {
                 Some(fault) if is_retry(outcome) && sent.attempt < MAX_RETRIES => {
                     retry.push(*fault)
                 }
-                _ => self.outcome(outcome),
+                fault => {
+                    self.unmapped.extend(fault.map(|fault| fault.gpa));
+                    self.outcome(outcome);
+                }
             }
         }
         let listed = u32::try_from(answer.others.len()).unwrap_or(u32::MAX);

@@ -1,6 +1,6 @@
 use super::*;
 use crate::args::AddressRange;
-use crate::replay::fake::{Asked, Fake, Script, Scripted};
+use crate::replay::fake::{Asked, BUSY_PAGE, Fake, Script, Scripted};
 use crate::replay::hva::{HvaBase, HvaSource};
 use crate::replay::plan::{Hole, Segment};
 use crate::replay::vm::{VmSpec, with_vm};
@@ -36,6 +36,7 @@ fn plan(segments: &[&[(usize, u64)]]) -> Plan {
                         vcpu,
                         gpa,
                         qualification: 2,
+                        visibility: Visibility::Private,
                     })
                     .collect(),
                 unmap: (index != last).then(|| unmap.clone()),
@@ -50,6 +51,14 @@ async fn play(fake: &Fake, plan: &Plan, order: Order) -> Result<Played, Error> {
     // The service's numbers of the vCPUs differ from the recording's.
     let vm = Arc::new(TdVm::with_vcpus(7, vec![10, 11]));
     Player::new(&fake.client, vm, Progress::new("faults", 0))
+        .play(plan, order)
+        .await
+}
+
+async fn play_accepting(fake: &Fake, plan: &Plan, order: Order) -> Result<Played, Error> {
+    let vm = Arc::new(TdVm::with_vcpus(7, vec![10, 11]));
+    Player::new(&fake.client, vm, Progress::new("faults", 0))
+        .accepting(true)
         .play(plan, order)
         .await
 }
@@ -226,4 +235,66 @@ fn outcomes_have_their_kernel_names() {
     assert_eq!(ret_pf_name(RetPf::WriteProtected), "WRITE_PROTECTED");
     assert_eq!(errno_name(-14), "EFAULT");
     assert_eq!(errno_name(-77), "77");
+}
+
+fn accepts(vcpu_id: u32, pages: &[u64]) -> Asked {
+    Asked::Accepts {
+        vcpu_id,
+        pages: pages.to_vec(),
+    }
+}
+
+#[tokio::test]
+async fn a_guest_accepts_what_was_mapped_before_its_next_access() {
+    let script: Script = |gpa, before| match gpa {
+        0x2000 => Scripted::Errno(14),
+        0x3000 if before == 0 => Scripted::Other(RetPf::Retry),
+        0x4000 => Scripted::Spurious,
+        _ => Scripted::Fixed,
+    };
+    let fake = Fake::start(script).await;
+    let mut plan = plan(&[
+        &[(0, 0x1008), (0, 0x2000), (0, 0x3000), (1, BUSY_PAGE)],
+        &[(0, 0x1008), (1, 0x4000), (1, 0x5000)],
+    ]);
+    plan.segments[1].faults[2].visibility = Visibility::Shared;
+    let played = play_accepting(&fake, &plan, Order::Recorded).await.unwrap();
+    assert_eq!(
+        fake.asked(),
+        [
+            faults(10, &[0x1008, 0x2000, 0x3000]),
+            faults(10, &[0x3000]),
+            accepts(10, &[0x1000, 0x3000]),
+            faults(11, &[BUSY_PAGE]),
+            accepts(11, &[BUSY_PAGE]),
+            accepts(11, &[BUSY_PAGE]),
+            Asked::Unmap(0x7000, 0x9000),
+            Asked::Hole(3, 0x1000, 0x1000),
+            faults(10, &[0x1008]),
+            accepts(10, &[0x1000]),
+            faults(11, &[0x4000, 0x5000]),
+            accepts(11, &[0x4000]),
+        ]
+    );
+    let want = Accepted {
+        pages: 4,
+        again: 1,
+        busy: 1,
+    };
+    assert_eq!(played.accepted, Some(want));
+
+    let played = play(&fake, &plan, Order::Recorded).await.unwrap();
+    assert_eq!(played.accepted, None);
+}
+
+#[tokio::test]
+async fn each_vcpu_accepts_its_own_pages() {
+    let fake = Fake::start(FIXED).await;
+    let plan = plan(&[&[(0, 0x1000), (1, 0x2000), (0, 0x3000)]]);
+    let played = play_accepting(&fake, &plan, Order::PerVcpu).await.unwrap();
+    let asked = fake.asked();
+    for accepted in [accepts(10, &[0x1000, 0x3000]), accepts(11, &[0x2000])] {
+        assert!(asked.contains(&accepted), "{asked:?}");
+    }
+    assert_eq!(played.accepted.map(|accepted| accepted.pages), Some(3));
 }

@@ -124,6 +124,11 @@ impl Report {
             "errors": played.errors,
             "unlisted": played.unlisted,
             "retries": played.retries,
+            "accepted": played.accepted.map(|accepted| json!({
+                "pages": accepted.pages,
+                "again": accepted.again,
+                "busy": accepted.busy,
+            })),
             "elapsed_s": played.elapsed.as_secs_f64(),
             "faults_per_s": self.faults_per_s(),
             "mrtd": self.mrtd,
@@ -173,6 +178,15 @@ impl Report {
         }
         for (errno, count) in &played.errors {
             row(&format!("  left KVM_RUN with {errno}"), count.to_string());
+        }
+        if let Some(accepted) = played.accepted {
+            for (name, count) in [
+                ("pages accepted by the guest", accepted.pages),
+                ("  accepted before", accepted.again),
+                ("  tried again: module busy", accepted.busy),
+            ] {
+                rows.push((name.to_owned(), count.to_string()));
+            }
         }
         rows.extend(played.tally.rows());
         let mut row = |name: &str, value: String| rows.push((name.to_owned(), value));

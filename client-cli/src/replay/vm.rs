@@ -172,6 +172,19 @@ pub async fn with_vm<T>(
     vcpus: usize,
     work: impl AsyncFnOnce(u64) -> Result<T, Error>,
 ) -> Result<T, Error> {
+    let destroy_it = true;
+    let (value, _) = with_vm_or_keep(client, spec, vcpus, destroy_it, work).await?;
+    Ok(value)
+}
+
+/// [`with_vm`]; one that has done its work stays with `destroy_it` false. With its number.
+pub async fn with_vm_or_keep<T>(
+    client: &Client,
+    spec: VmSpec,
+    vcpus: usize,
+    destroy_it: bool,
+    work: impl AsyncFnOnce(u64) -> Result<T, Error>,
+) -> Result<(T, u64), Error> {
     let message = CreateVmRequest {
         gpaw: spec.gpaw,
         mode: spec.mode.into(),
@@ -186,11 +199,12 @@ pub async fn with_vm<T>(
         .await?;
     let result = work(created.vm_id).await;
     let last = match &result {
+        Ok(_) if !destroy_it => Ok(()),
         Ok(_) => destroy(client, created.vm_id).await,
         Err(_) => destroy(&client.for_cleanup(CLEANUP_LIMIT), created.vm_id).await,
     };
     match (result, last) {
-        (Ok(value), Ok(())) => Ok(value),
+        (Ok(value), Ok(())) => Ok((value, created.vm_id)),
         (Ok(_), Err(error)) => Err(error),
         (Err(error), last) => {
             if let Err(also) = last {

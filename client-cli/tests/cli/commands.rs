@@ -274,3 +274,38 @@ fn what_needs_no_service_works_without_one() {
         assert!(run.stdout.contains(want), "{args:?}: {}", run.stdout);
     }
 }
+
+#[test]
+fn every_changing_command_tells_its_trace() {
+    let services = Services::start();
+    for line in [
+        "vm create",
+        "vcpu add --vm 1",
+        "slot set --vm 1 --slot 0 --gpa 0 --size 64M",
+        "slot set --vm 1 --slot 1 --gpa 64M --size 8M --guest-memfd=false",
+        "convert --vm 1 --gpa 0 --size 64M --to private",
+        "vm init-region --vm 1 --gpa 0 --size 4K --measure",
+        "vm finalize 1",
+        "fault --vm 1 --gpa 0x2000 --write",
+        "prefault --vm 1 --gpa 4M --size 4M",
+        "guest --vm 1 accept:0x2000",
+        "convert --vm 1 --gpa 4M --size 2M --to shared",
+        "punch-hole --vm 1 --gpa 6M --size 1M",
+        "dirty-log set --vm 1 --slot 1 true",
+        "dirty-log clear --vm 1 --slot 1 --pages 64",
+        "age --vm 1 --hva 0x7f0004000000",
+        "zap --vm 1",
+        "zap-fast --vm 1",
+        "slot delete --vm 1 --slot 1",
+        "seamcall PHYMEM.PAGE.RDMD rcx=0x100000000",
+        "vm destroy 1",
+    ] {
+        let answer = services.ok(line);
+        let id = answer["trace_id"].as_str().unwrap_or_default();
+        let is_id = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+        assert!(
+            is_id && id.bytes().any(|byte| byte != b'0'),
+            "{line}: {answer}"
+        );
+    }
+}

@@ -1,6 +1,6 @@
 //! Whole replays through both services, with the counts that the recordings must give.
 
-use crate::common::{data, run};
+use crate::common::{Services, data, run};
 use crate::recorded::{RANGES, expected, touches};
 use serde_json::{Value, json};
 
@@ -230,6 +230,26 @@ fn the_demo_measures_its_image_and_compares_both_modes() {
     );
 }
 
+#[test]
+fn a_demo_that_keeps_its_vm_leaves_something_to_look_at() {
+    let services = Services::start();
+    let demo = services.ok("demo --keep");
+    let vm = demo["vm_id"].as_u64().expect("the VM of mode batched");
+    let listed = services.ok("vm list");
+    let listed = listed["vms"].as_array().unwrap();
+    assert_eq!(listed.len(), 1, "{listed:?}");
+    assert_eq!(listed[0]["vm_id"], vm);
+    let audit = services.ok(&format!("audit --vm {vm}"));
+    assert_eq!(audit["mismatches"], 0, "{audit}");
+    assert_eq!(audit["leaves"], demo["audit"]["leaves"], "{audit}");
+    services.ok(&format!("vm destroy --vm {vm}"));
+
+    // With services of its own nothing could stay.
+    let alone = run(["demo", "--keep"]);
+    assert_eq!(alone.code, Some(2), "{}", alone.stderr);
+    assert!(alone.stderr.contains("--keep"), "{}", alone.stderr);
+}
+
 /// Every element of a page is closed in order, and every attribute quoted: what an XML reader asks.
 fn check_well_formed(page: &str) {
     let body = page.strip_prefix("<!DOCTYPE html>\n").unwrap();
@@ -360,4 +380,44 @@ fn a_report_of_one_mode_leaves_the_other_out_and_a_bad_place_is_refused_first() 
             .stderr
             .contains("report: cannot write /nonexistent/report.html")
     );
+}
+
+#[test]
+fn a_guest_that_accepts_has_every_private_page() {
+    let file = data("boot-small.trace");
+    let expected = expected(&touches("boot-small.trace"), RANGES);
+    for (mode, order) in [
+        ("batched", "recorded"),
+        ("batched", "per-vcpu"),
+        ("kernel", "recorded"),
+    ] {
+        let run = run([
+            "replay",
+            file.to_str().unwrap(),
+            "--accept",
+            "--private",
+            RANGES,
+            "--mode",
+            mode,
+            "--order",
+            order,
+            "--output",
+            "json",
+        ]);
+        assert_eq!(run.code, Some(0), "{mode} {order}: {}", run.stderr);
+        let report = run.json();
+        let name = format!("{mode} {order}: {report}");
+        // Each private page went from PENDING to MAPPED once, whoever touched it first.
+        assert_eq!(report["accepted"]["pages"], expected.private, "{name}");
+        assert_eq!(
+            report["accepted"]["again"], expected.private_again,
+            "{name}"
+        );
+        // All else is as without: KVM has nothing to do with it.
+        assert_eq!(report["ret_pf"]["FIXED"], expected.pages, "{name}");
+        assert_eq!(report["seamcalls"]["TDH.MEM.PAGE.AUG"], expected.private);
+        assert_eq!(report["audit"]["mismatches"], 0, "{name}");
+        assert_eq!(report["audit"]["leaves"], expected.private, "{name}");
+        assert_eq!(report["after_destroy"]["pages_in_use"], 0, "{name}");
+    }
 }

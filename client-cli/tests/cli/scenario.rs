@@ -41,7 +41,12 @@ fn a_row_shows_its_calls_in_the_mode_that_is_asked_for() {
             "calls": ["BLK", "TRK(busy)", "TRK", "RMV", "WBP"],
         },
     ]);
-    assert_eq!(ran.json()["scenarios"], expected);
+    let report = ran.json();
+    assert_eq!(report["scenarios"], expected);
+    // The first one's members are those of the object.
+    for key in ["id", "result", "calls"] {
+        assert_eq!(report[key], expected[0][key], "{key}");
+    }
     for (mode, tracks) in [("kernel", 512), ("batched", 1)] {
         let ran = run(["--output", "json", "scenario", "run", "Z02", "--mode", mode]);
         let report = ran.json();

@@ -245,6 +245,10 @@ async fn a_vm_of_a_tebibyte_is_one_screen() {
         browser
             .until("document.getElementById('map').clientHeight < window.innerHeight")
             .await;
+        // Rows tell their addresses: an eighth of the memory is four rows of 32 GiB.
+        browser
+            .until("[...document.querySelectorAll('#rows li:not(.room)')].map((row) => row.textContent).join(' ').startsWith('0x0 0x2000000000 0x4000000000')")
+            .await;
         browser
             .screenshot(&screenshot(&format!("tebibyte-{}", scheme.name())))
             .await;

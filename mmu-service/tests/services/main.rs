@@ -2,6 +2,7 @@
 
 mod browser;
 mod dashboard;
+mod documents;
 mod driver;
 mod failures;
 mod http;
@@ -9,7 +10,9 @@ mod limits;
 mod memory;
 mod metrics;
 mod page;
+mod promtool;
 mod proxy;
+mod python;
 mod ranges;
 mod refusals;
 mod restart;

@@ -36,6 +36,8 @@ macro_rules! reflected {
         let asked = [
             Ask::ListServices(String::new()),
             Ask::FileContainingSymbol("kvm.mmu.v1.MmuService".into()),
+            // A refusal has it among its details.
+            Ask::FileContainingSymbol("google.rpc.ErrorInfo".into()),
         ];
         let requests = asked.map(|ask| $version::ServerReflectionRequest {
             host: String::new(),
@@ -51,12 +53,14 @@ macro_rules! reflected {
         else {
             panic!("no list of services");
         };
-        let Some(Answer::FileDescriptorResponse(file)) =
-            answers.message().await.unwrap().unwrap().message_response
-        else {
-            panic!("no descriptor");
-        };
-        assert!(!file.file_descriptor_proto.is_empty());
+        for _ in 0..2 {
+            let Some(Answer::FileDescriptorResponse(file)) =
+                answers.message().await.unwrap().unwrap().message_response
+            else {
+                panic!("no descriptor");
+            };
+            assert!(!file.file_descriptor_proto.is_empty());
+        }
         list.service
             .into_iter()
             .map(|service| service.name)

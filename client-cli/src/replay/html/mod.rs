@@ -186,10 +186,13 @@ impl Page<'_> {
         outcomes.extend(
             errors.map(|(name, count)| format!("{} left KVM_RUN with {name}", grouped(*count))),
         );
+        let accepted = played.accepted.map_or_else(String::new, |accepted| {
+            format!(" Accepted by the guest: {}.", grouped(accepted.pages))
+        });
         let _ = writeln!(
             html,
             "<p>vCPUs: {}. Memory slots: {}. Order: <code>{}</code>. Outcomes: {}. Host unmaps: {}. \
-             Answered by the mirror alone: {}.</p>",
+             Answered by the mirror alone: {}.{accepted}</p>",
             plan.vcpus.len(),
             plan.slots.len(),
             report.order,

@@ -216,6 +216,7 @@ function colours() {
 }
 
 function draw() {
+  makeRoom();
   const canvas = $('map'), now = view(), cells = state.cells;
   const width = canvas.clientWidth || 640, ratio = window.devicePixelRatio || 1;
   // Powers of two, so that rows start at round addresses.
@@ -259,8 +260,37 @@ function draw() {
     context.strokeStyle = colour.ink;
     context.strokeRect(x + 1, y + 1, px - gap, px - gap);
   }
+  showRows(rows);
   showLegend(totals, differing);
   showWhere();
+}
+
+/** Room for the addresses of rows: as much as the longest one takes. */
+function makeRoom() {
+  const now = view(), list = $('rows');
+  const last = now && state.cells.length ? hex(now.gpa + now.cell * BigInt(state.cells.length - 1)) : '';
+  if (list.dataset.room === last) return;
+  list.dataset.room = last;
+  list.replaceChildren(el('li', { class: 'room' }, last));
+  state.rows = null;
+}
+
+/** Addresses of as many rows as have room: of each, or of every second, fourth, eighth, … */
+function showRows(rows) {
+  const now = view(), list = $('rows');
+  if (!now || state.cells.length === 0) return;
+  const key = `${now.gpa} ${now.cell} ${rows} ${state.columns} ${state.cellPx}`;
+  if (state.rows === key) return;
+  state.rows = key;
+  let every = 1;
+  while (every * state.cellPx < 16) every *= 2;
+  const labels = [list.firstChild];
+  for (let row = 0; row < rows; row += every) {
+    const label = el('li', {}, hex(now.gpa + now.cell * BigInt(row * state.columns)));
+    label.style.top = `${(row + 0.5) * state.cellPx + 1}px`;
+    labels.push(label);
+  }
+  list.replaceChildren(...labels);
 }
 
 function showLegend(totals, differing) {
@@ -469,7 +499,7 @@ function drawBatches() {
     const time = new Date(batch.at_ms).toLocaleTimeString('en-GB') + '.' + String(batch.at_ms % 1000).padStart(3, '0');
     const leaves = batch.leaves.map(([leaf, calls]) => el('span', {}, leaf.replace('TDH.', ''), ...(calls > 1 ? [el('b', {}, ` ×${count(calls)}`)] : [])));
     if (batch.more) leaves.push(el('span', {}, '…'));
-    return el('tr', { title: `batch ${batch.number}, by ${batch.via}` }, el('td', { class: 'num' }, time), el('td', { class: 'calls' }, ...leaves),
+    return el('tr', { title: `batch ${batch.number}, by ${batch.via}` }, el('td', { class: 'time' }, time), el('td', { class: 'calls' }, ...leaves),
       el('td', { class: 'num' }, count(batch.ran)), el('td', { class: `k-${batch.kind}` }, batch.status.replace('TDX_', '')),
       el('td', { class: 'num' }, micros(batch.took_us)));
   }));
