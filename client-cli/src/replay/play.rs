@@ -325,25 +325,30 @@ impl<'a> Lane<'a> {
             at: Instant::now(),
         })
         .await?;
-        self.accept(first.vcpu, batch).await
+        self.accept(batch).await
     }
 
     /// Lets the guest accept what the batch mapped in the mirror root.
-    async fn accept(&mut self, vcpu: usize, batch: &[PlannedFault]) -> Result<(), Error> {
+    async fn accept(&mut self, batch: &[PlannedFault]) -> Result<(), Error> {
         if self.guest.is_none() {
             return Ok(());
         }
         self.drain().await?;
+        let Some(guest) = &mut self.guest else {
+            return Ok(());
+        };
         let unmapped = std::mem::take(&mut self.unmapped);
         let is_mapped = |fault: &&PlannedFault| {
             fault.visibility == Visibility::Private && !unmapped.contains(&fault.gpa)
         };
-        let pages = batch.iter().filter(is_mapped);
-        let pages = pages.map(|fault| fault.gpa & !(PAGE_SIZE - 1)).collect();
-        match &mut self.guest {
-            Some(guest) => guest.accept(self.player.vm.vcpu_id(vcpu), pages).await,
-            None => Ok(()),
+        for run in runs(batch) {
+            let Some(first) = run.first() else { continue };
+            let pages = run.iter().filter(is_mapped);
+            let pages = pages.map(|fault| fault.gpa & !(PAGE_SIZE - 1)).collect();
+            let vcpu_id = self.player.vm.vcpu_id(first.vcpu);
+            guest.accept(vcpu_id, pages).await?;
         }
+        Ok(())
     }
 
     /// Waits for all answers, those of repeated faults included.
@@ -453,7 +458,7 @@ impl<'a> Lane<'a> {
                     retry.push(*fault)
                 }
                 fault => {
-                    self.unmapped.extend(fault.map(|fault| fault.gpa));
+                    self.unmapped.extend(fault.map(|(_, fault)| fault.gpa));
                     self.outcome(outcome);
                 }
             }

@@ -4,6 +4,7 @@ use crate::replay::fake::{Asked, BUSY_PAGE, Fake, Script, Scripted};
 use crate::replay::hva::{HvaBase, HvaSource};
 use crate::replay::plan::{Hole, Segment};
 use crate::replay::vm::{VmSpec, with_vm};
+use tdx_defs::Visibility;
 
 /// A plan with vCPUs 0 and 1 and one segment for each list of (vcpu, gpa), with unmaps between.
 fn plan(segments: &[&[(usize, u64)]]) -> Plan {
@@ -103,6 +104,7 @@ fn messages_are_filled_with_whole_runs() {
             vcpu,
             gpa: 0,
             qualification: 2,
+            visibility: Visibility::Private,
         })
     };
     for (case, of, expected) in [

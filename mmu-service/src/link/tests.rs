@@ -267,6 +267,7 @@ fn batch(via: Via, rcx: u64) -> Batch {
         lp: 0,
         via,
         stop_on_error: true,
+        chain: None,
         calls,
     }
 }

@@ -476,7 +476,9 @@ async fn regions_in_one_call_are_measured_as_one_after_the_other() {
         vm_id,
         gpa: at * MIB,
         size: MIB,
-        data: (0..MIB).map(|byte| ((byte >> 8) + at) as u8).collect(),
+        data: (0..MIB)
+            .map(|byte| ((byte >> 8) + at).to_le_bytes()[0])
+            .collect(),
         measure: true,
         ..Default::default()
     };

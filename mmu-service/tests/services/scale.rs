@@ -13,9 +13,9 @@ use tonic::transport::Channel;
 use crate::stack::{MIB, PAGE, PRIVATE, Stack, WRITE, calls, last, pages, region};
 
 /// TDs that live at the same time.
-const TDS: u64 = 1000;
+const TDS: usize = 1000;
 /// Who makes them.
-const MAKERS: u64 = 16;
+const MAKERS: usize = 16;
 /// Guest memory of each.
 const SIZE: u64 = 16 * PAGE;
 const VCPUS: u32 = 64;
@@ -73,7 +73,7 @@ async fn a_thousand_tds_are_alive_at_once_and_all_go() {
         let mut client = stack.client.clone();
         makers.spawn(async move {
             let mut made = Vec::new();
-            for _ in (maker..TDS).step_by(MAKERS as usize) {
+            for _ in (maker..TDS).step_by(MAKERS) {
                 made.push(make_mapped(&mut client).await);
             }
             made
@@ -81,11 +81,11 @@ async fn a_thousand_tds_are_alive_at_once_and_all_go() {
     }
     let alive: Vec<u64> = makers.join_all().await.into_iter().flatten().collect();
     let different: BTreeSet<u64> = alive.iter().copied().collect();
-    assert_eq!(different.len() as u64, TDS);
-    assert_eq!(stack.list().await.len() as u64, TDS);
+    assert_eq!(different.len(), TDS);
+    assert_eq!(stack.list().await.len(), TDS);
     let platform = stack.platform().await;
-    assert_eq!(u64::from(platform.hkids_in_use), TDS);
-    assert_eq!(pages(&platform, "PT_REG"), TDS * SIZE / PAGE);
+    assert_eq!(platform.hkids_in_use as usize, TDS);
+    assert_eq!(pages(&platform, "PT_REG"), TDS as u64 * SIZE / PAGE);
 
     let rest = Arc::new(Mutex::new(alive));
     let mut enders = JoinSet::new();
