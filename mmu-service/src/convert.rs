@@ -17,15 +17,6 @@ pub(crate) fn required<T>(message: Option<T>, field: &str) -> Result<T, InvalidF
     message.ok_or_else(|| InvalidField::new(field, "missing"))
 }
 
-/// KVM_MEMORY_ENCRYPT_OP refuses an input that carries an error.
-pub(crate) fn no_hw_error(hw_error: u64) -> Result<(), InvalidField> {
-    if hw_error == 0 {
-        return Ok(());
-    }
-    let reason = format!("{hw_error:#x} is not 0");
-    Err(InvalidField::new("hw_error", reason))
-}
-
 pub(crate) fn gpaw_from_wire(gpaw: u32) -> Result<Gpaw, InvalidField> {
     match gpaw {
         0 | 48 => Ok(Gpaw::W48),

@@ -2,11 +2,41 @@
 
 use std::sync::Arc;
 
-use tdp_mmu::{Batch, Host, Mode, SeamPort, SlotSpec, Ticket, Vm, VmConfig, VmError};
-use tdp_mmu_scenarios::platform_of;
+use tdp_mmu::{
+    Batch, Host, MemoryRange, Mode, Platform, SeamPort, SlotSpec, Ticket, Vm, VmConfig, VmError,
+};
 use tdx_module::{LpId, Module, PlatformConfig};
 
 use crate::error::Error;
+
+/// What a host is told of a module in the same process.
+pub fn platform_of(config: &PlatformConfig) -> Platform {
+    let tdmrs = config.tdmrs.iter().filter(|tdmr| tdmr.initialized);
+    let size = |area: &std::ops::Range<u64>| (area.start, area.end - area.start);
+    Platform {
+        tdmrs: tdmrs
+            .map(|tdmr| MemoryRange {
+                base: tdmr.base.get(),
+                size: tdmr.size,
+                reserved: tdmr.reserved.iter().map(size).collect(),
+            })
+            .collect(),
+        hkid_start: config.hkid_start.into(),
+        hkid_count: config.hkid_count.into(),
+        global_hkid: config.global_hkid.into(),
+        maxpa: config.maxpa.into(),
+        hkid_bits: config.hkid_bits.into(),
+        logical_processors: config.logical_processors,
+        packages: config.packages,
+        tdcs_pages: config.tdcs_pages.into(),
+        tdvps_pages: config.tdvps_pages.into(),
+        attributes_fixed0: config.attributes.fixed0,
+        attributes_fixed1: config.attributes.fixed1,
+        xfam_fixed0: config.xfam.fixed0,
+        xfam_fixed1: config.xfam.fixed1,
+        five_level: config.five_level,
+    }
+}
 
 /// A host and its module.
 pub(super) struct Pair {

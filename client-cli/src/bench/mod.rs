@@ -31,6 +31,7 @@ mod scatter;
 use std::time::{Duration, Instant};
 
 pub use figure::Figure;
+pub use in_process::platform_of;
 pub use overload::OPTIONS as OVERLOAD_OPTIONS;
 pub use plot::plot;
 

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::thread;
 
 use client_cli::args::PrivateMemory;
+use client_cli::bench::platform_of;
 use client_cli::replay::{Plan, PlanOptions, PlannedFault};
 use client_cli::trace;
 use tdp_mmu::{
     Batch, Counts, Fault, FaultsReport, Host, Mode, RetPf, SeamPort, SlotSpec, Ticket, Vm, VmConfig,
 };
-use tdp_mmu_scenarios::platform_of;
 use tdx_defs::{Gpaw, Leaf};
 use tdx_module::{LpId, Module, PlatformConfig, Violations};
 

@@ -9,9 +9,12 @@ fn the_list_has_rows_and_races_with_title_and_group() {
     let ran = run(["--output", "json", "scenario", "list"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let list = ran.json()["scenarios"].as_array().unwrap().clone();
-    assert!(list.len() > 100, "{}", list.len());
+    assert!(list.len() > 155, "{}", list.len());
     for (id, group) in [
         ("P01", "private"),
+        ("C13", "concurrency"),
+        ("M03", "map-gpa"),
+        ("X01", "forbidden"),
         ("Z10", "zaps"),
         ("T01", "teardown"),
         ("prefault-slot-delete", "races"),
@@ -64,6 +67,44 @@ fn a_race_shows_both_policies() {
     let ran = run(["scenario", "run", "zero-step"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
     assert!(ran.stdout.contains("VEN(ept-violation)"), "{}", ran.stdout);
+}
+
+#[test]
+fn every_id_of_the_list_runs_in_both_modes() {
+    let ran = run(["--output", "json", "scenario", "list"]);
+    let list = ran.json()["scenarios"].as_array().unwrap().clone();
+    let ids: Vec<String> = list
+        .iter()
+        .map(|scenario| scenario["id"].as_str().unwrap().to_owned())
+        .collect();
+    for mode in ["kernel", "batched"] {
+        let options = ["--output", "json", "scenario", "run", "--mode", mode];
+        let args = options.into_iter().chain(ids.iter().map(String::as_str));
+        let ran = run(args);
+        assert_eq!(ran.code, Some(0), "{mode}: {ran:?}");
+        let report = ran.json();
+        let scenarios = report["scenarios"].as_array().unwrap();
+        assert_eq!(scenarios.len(), ids.len());
+        for (scenario, id) in scenarios.iter().zip(&ids) {
+            assert_eq!(
+                (&scenario["id"], &scenario["result"]),
+                (&id.as_str().into(), &"passed".into()),
+                "{mode}: {scenario}"
+            );
+        }
+    }
+}
+
+#[test]
+fn two_sides_show_the_calls_of_both() {
+    let ran = run(["--output", "json", "scenario", "run", "C06", "C07", "X10"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let removal = ["BLK", "TRK", "RMV", "WBP"];
+    let both = [&["SA3", "SA2", "SA1", "AUG"][..], &removal].concat();
+    let scenarios = &ran.json()["scenarios"];
+    assert_eq!(scenarios[0]["calls"], json!(both));
+    assert_eq!(scenarios[1]["calls"], json!(removal));
+    assert_eq!(scenarios[2]["calls"], json!([]));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use tracing::info_span;
 
 use crate::convert::{
     counts_to_wire, dirty_log_from_wire, gpaw_from_wire, hex, kind_from_wire, mode_from_wire,
-    no_hw_error, vm_info_to_wire,
+    vm_info_to_wire,
 };
 use crate::registry::{Origin, VmEntry};
 use crate::shell::Shell;
@@ -198,7 +198,7 @@ pub(super) async fn init_vm(
     shell: &Arc<Shell>,
     request: wire::InitVmRequest,
 ) -> Result<wire::InitVmResponse, Status> {
-    no_hw_error(request.hw_error).map_err(status::of_field)?;
+    tdp_mmu::check_hw_error(request.hw_error).map_err(|error| status::of_vm(&error))?;
     let entry = shell.live_vm(request.vm_id)?;
     let span = info_span!("init_vm", kvm.vm = entry.id);
     let counts = shell.operate(&entry, span, Vm::init).await?;
@@ -302,7 +302,7 @@ pub(super) async fn init_vcpu(
     shell: &Arc<Shell>,
     request: wire::InitVcpuRequest,
 ) -> Result<wire::InitVcpuResponse, Status> {
-    no_hw_error(request.hw_error).map_err(status::of_field)?;
+    tdp_mmu::check_hw_error(request.hw_error).map_err(|error| status::of_vm(&error))?;
     let entry = shell.live_vm(request.vm_id)?;
     let vcpu = request.vcpu_id;
     let span = info_span!("init_vcpu", kvm.vm = entry.id, kvm.vcpu = vcpu);
@@ -318,7 +318,7 @@ pub(super) async fn finalize_vm(
     shell: &Arc<Shell>,
     request: wire::FinalizeVmRequest,
 ) -> Result<wire::FinalizeVmResponse, Status> {
-    no_hw_error(request.hw_error).map_err(status::of_field)?;
+    tdp_mmu::check_hw_error(request.hw_error).map_err(|error| status::of_vm(&error))?;
     let entry = shell.live_vm(request.vm_id)?;
     let span = info_span!("finalize_vm", kvm.vm = entry.id);
     let (mrtd, counts) = shell.operate(&entry, span, Vm::finalize).await?;

@@ -7,7 +7,7 @@ use tdp_mmu::{InitRegion, Measure};
 use tonic::Status;
 use tracing::info_span;
 
-use crate::convert::{counts_to_wire, no_hw_error, required, slot_from_wire};
+use crate::convert::{counts_to_wire, required, slot_from_wire};
 use crate::shell::Shell;
 use crate::status;
 
@@ -74,7 +74,7 @@ pub(super) async fn init_mem_region(
         extend_only,
         hw_error,
     } = request;
-    no_hw_error(hw_error).map_err(status::of_field)?;
+    tdp_mmu::check_hw_error(hw_error).map_err(|error| status::of_vm(&error))?;
     if u64::try_from(data.len()).is_ok_and(|given| given > size) {
         let reason = format!("{} bytes of contents, the region has {size}", data.len());
         return Err(status::of_field(InvalidField::new("data", reason)));

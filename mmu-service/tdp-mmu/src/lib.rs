@@ -9,11 +9,18 @@
 //! thread while the module works, as a KVM ioctl does.
 
 // The integration tests' host and module serve the tests inside the crate, too.
-#[cfg(all(test, not(feature = "shuttle")))]
+#[cfg(all(any(test, feature = "scenarios"), not(feature = "shuttle")))]
 extern crate self as tdp_mmu;
-#[cfg(all(test, not(feature = "shuttle")))]
+#[cfg(all(any(test, feature = "scenarios"), not(feature = "shuttle")))]
 #[path = "../tests/common/mod.rs"]
 mod common;
+
+// The package in scenarios/ is these sources and what plays them.
+#[cfg(all(feature = "scenarios", not(feature = "shuttle")))]
+#[path = "../scenarios/src/mod.rs"]
+mod scenarios;
+#[cfg(all(feature = "scenarios", not(feature = "shuttle")))]
+pub use scenarios::{Policy, RACES, Run, Scenario, fold, list, run};
 
 mod bugs;
 mod counts;
@@ -41,6 +48,7 @@ pub use mmu::layout::VmKind;
 pub use mmu::role::RootKind;
 pub use mmu::spte::SpteKind;
 pub use seam::{Batch, MAX_CALLS, MAX_REPEAT, SeamError, SeamPort, Ticket, Via};
+pub use tdx::lifecycle::check_hw_error;
 pub use trace::{Event, MAX_EVENTS, PageText, error_code};
 pub use vm::{
     AuditReport, DirtyLogMode, Fault, FaultOutcome, FaultReport, FaultsReport, Held, InitRegion,

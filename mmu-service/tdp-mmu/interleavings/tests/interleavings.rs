@@ -27,17 +27,18 @@ mod common;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use common::gmem_slot;
 use common::guest::Guest;
+use common::pairs::{self, SLOT, World, convert, fault, private_fault_exit};
 use common::port::{Hook, Rule, When};
-use common::state::{self, check_invariants};
-use common::{Rig, gmem_slot};
+use common::state;
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::thread;
 use tdp_mmu::{
-    Entry, Fault, GuestOp, GuestPort, GuestStep, MemoryFault, Mode, RetPf, RunExit, RunRequest,
-    SeamError, Vm, VmError, errno,
+    Entry, Fault, GuestOp, GuestPort, GuestStep, Mode, RetPf, RunExit, RunRequest, SeamError,
+    VmError, errno,
 };
-use tdx_defs::{Gpaw, Leaf, Seamcall};
+use tdx_defs::{Leaf, Seamcall};
 use tdx_module::Violations;
 
 /// Schedules of each test: random ones, and some that preempt rarely but at the worst moment.
@@ -68,139 +69,19 @@ fn run(
     shuttle::Runner::new(scheduler, config).run(move || scenario(mode));
 }
 
-/// A running TD with two vCPUs and a private slot of 16 pages.
-struct World {
-    rig: Arc<Rig>,
-    vm: Arc<Vm>,
-}
-
-const SLOT: u64 = 16;
-
-impl World {
-    fn new(mode: Mode) -> Self {
-        let rig = Rig::new();
-        rig.port.record(false);
-        let vm = rig.create(mode, Gpaw::W48).unwrap();
-        for vcpu in 0..2 {
-            vm.add_vcpu().unwrap();
-            vm.set_user_memory_region(gmem_slot(vcpu, u64::from(vcpu) << 12, SLOT))
-                .unwrap();
-            vm.set_memory_attributes(u64::from(vcpu) << 24, SLOT << 12, 8)
-                .unwrap();
-        }
-        for vcpu in 0..2 {
-            vm.load_mmu(vcpu).unwrap();
-        }
-        vm.finalize().unwrap();
-        Self {
-            rig: Arc::new(rig),
-            vm: Arc::new(vm),
-        }
-    }
-
-    fn mapped(self, gfns: std::ops::Range<u64>) -> Self {
-        common::map_private(&self.vm, gfns);
-        self
-    }
-
-    fn calls(&self, leaf: Leaf) -> u64 {
-        self.rig.port.succeeded(leaf)
-    }
-
-    fn spawn<T: Send + 'static>(
-        &self,
-        act: impl FnOnce(&Vm) -> T + Send + 'static,
-    ) -> thread::JoinHandle<T> {
-        let vm = Arc::clone(&self.vm);
-        thread::spawn(move || act(&vm))
-    }
-
-    /// Quiet, clean, and everything comes back.
-    fn end(self) {
-        assert!(!self.vm.bugs().is_dead(), "{:?}", self.vm.bugs().reports());
-        check_invariants(&self.vm, &self.rig);
-        state::destroy(&self.vm, &self.rig);
-    }
-}
-
-/// A vCPU that faults until it gets an answer other than RETRY.
-fn fault(vm: &Vm, vcpu: u32, fault: Fault) -> Result<RetPf, VmError> {
-    loop {
-        match vm.handle_fault(vcpu, fault).map(|report| report.ret_pf) {
-            Ok(RetPf::Retry) | Err(VmError::Busy { .. }) => thread::yield_now(),
-            answer => return answer,
-        }
-    }
-}
-
-fn convert(vm: &Vm, gfns: std::ops::Range<u64>, attributes: u64) {
-    vm.set_memory_attributes(gfns.start << 12, (gfns.end - gfns.start) << 12, attributes)
-        .unwrap();
-}
-
-fn private_fault_exit(answer: &Result<RetPf, VmError>, gfn: u64) -> bool {
-    let record = MemoryFault {
-        gpa: gfn << 12,
-        size: 4096,
-        flags: 8,
-    };
-    answer
-        .as_ref()
-        .is_err_and(|error| error.errno() == errno::EFAULT && error.memory_fault() == Some(record))
-}
-
 #[test]
 fn c01_two_vcpus_on_one_frame_map_it_once() {
-    explore(|mode| {
-        let world = World::new(mode);
-        let other = world.spawn(|vm| fault(vm, 1, common::private(1)).unwrap());
-        let mut answers = [
-            fault(&world.vm, 0, common::private(1)).unwrap(),
-            other.join().unwrap(),
-        ];
-        answers.sort_by_key(|ret_pf| *ret_pf == RetPf::Spurious);
-        assert_eq!(answers, [RetPf::Fixed, RetPf::Spurious]);
-        assert_eq!(world.calls(Leaf::MEM_SEPT_ADD), 3);
-        assert_eq!(world.calls(Leaf::MEM_PAGE_AUG), 1);
-        world.end();
-    });
+    explore(pairs::c01_two_vcpus_on_one_frame_map_it_once);
 }
 
 #[test]
 fn c02_two_vcpus_on_two_frames_of_one_table_link_it_once() {
-    explore(|mode| {
-        let world = World::new(mode);
-        let other = world.spawn(|vm| fault(vm, 1, common::private(2)).unwrap());
-        assert_eq!(
-            fault(&world.vm, 0, common::private(1)).unwrap(),
-            RetPf::Fixed
-        );
-        assert_eq!(other.join().unwrap(), RetPf::Fixed);
-        assert_eq!(world.calls(Leaf::MEM_SEPT_ADD), 3);
-        assert_eq!(world.calls(Leaf::MEM_PAGE_AUG), 2);
-        world.end();
-    });
+    explore(pairs::c02_two_vcpus_on_two_frames_of_one_table_link_it_once);
 }
 
 #[test]
 fn c04_a_busy_table_is_linked_by_whoever_comes_next() {
-    explore(|mode| {
-        let world = World::new(mode);
-        world.rig.port.inject(Rule::busy(Leaf::MEM_SEPT_ADD, 1));
-        world.rig.port.inject(Rule {
-            skip: 1,
-            ..Rule::busy(Leaf::MEM_PAGE_AUG, 1)
-        });
-        let other = world.spawn(|vm| fault(vm, 1, common::private(2)).unwrap());
-        assert_eq!(
-            fault(&world.vm, 0, common::private(1)).unwrap(),
-            RetPf::Fixed
-        );
-        assert_eq!(other.join().unwrap(), RetPf::Fixed);
-        assert_eq!(world.calls(Leaf::MEM_SEPT_ADD), 3);
-        assert_eq!(world.calls(Leaf::MEM_PAGE_AUG), 2);
-        world.end();
-    });
+    explore(pairs::c04_a_busy_table_is_linked_by_whoever_comes_next);
 }
 
 /// One vCPU faults while its frame is made shared: how often the fault came first, and second.
@@ -254,32 +135,12 @@ fn c07_a_fault_behind_a_conversion_leaves_with_a_memory_fault() {
 
 #[test]
 fn c08_a_conversion_beside_the_frame_only_delays_the_fault() {
-    explore(|mode| {
-        let world = World::new(mode).mapped(2..3);
-        let other = world.spawn(|vm| convert(vm, 2..4, 0));
-        assert_eq!(fault(&world.vm, 0, common::private(1)), Ok(RetPf::Fixed));
-        other.join().unwrap();
-        assert_eq!(world.vm.info().pages_4k, 1);
-        world.end();
-    });
+    explore(pairs::c08_a_conversion_beside_the_frame_only_delays_the_fault);
 }
 
 #[test]
 fn c11_no_leaf_stays_on_a_page_that_a_hole_freed() {
-    explore(|mode| {
-        let world = World::new(mode);
-        let other = world.spawn(|vm| {
-            vm.punch_hole(0, 0, SLOT << 12)
-                .map(|(_, freed)| freed)
-                .unwrap()
-        });
-        assert_eq!(fault(&world.vm, 0, common::private(1)), Ok(RetPf::Fixed));
-        other.join().unwrap();
-        let mapped = world.vm.info().pages_4k;
-        let (_, freed) = world.vm.punch_hole(0, 0, SLOT << 12).unwrap();
-        assert_eq!(freed, mapped, "a page is there exactly when it is mapped");
-        world.end();
-    });
+    explore(pairs::c11_no_leaf_stays_on_a_page_that_a_hole_freed);
 }
 
 #[test]
@@ -304,21 +165,7 @@ fn a_fault_during_the_end_of_the_vm_is_mapped_before_it_or_refused() {
 
 #[test]
 fn c18_two_conversions_take_each_page_once() {
-    explore(|mode| {
-        let world = World::new(mode).mapped(0..6);
-        let other = world.spawn(|vm| convert(vm, 2..6, 0));
-        convert(&world.vm, 0..4, 0);
-        other.join().unwrap();
-        for leaf in [
-            Leaf::MEM_RANGE_BLOCK,
-            Leaf::MEM_PAGE_REMOVE,
-            Leaf::PHYMEM_PAGE_WBINVD,
-        ] {
-            assert_eq!(world.calls(leaf), 6, "{leaf}");
-        }
-        assert_eq!(world.vm.info().pages_4k, 0);
-        world.end();
-    });
+    explore(pairs::c18_two_conversions_take_each_page_once);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use tdp_mmu::{Counts, HostChange, HostPageSize, SlotSpec, Vm, VmError};
 
+use super::world::{bytes, hex, range};
 use crate::common::{self, USER_BASE};
-use crate::world::{bytes, hex, range};
 
 fn ok(_: Counts) -> String {
     "ok".into()

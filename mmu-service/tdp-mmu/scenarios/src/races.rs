@@ -14,8 +14,8 @@ use tdx_defs::{Gpa, Gpaw, Leaf, Seamcall, TdxLevel};
 use tdx_module::hooks::LockObject;
 use tdx_module::{LockMode, LpId};
 
-use crate::Policy;
-use crate::calls;
+use super::Policy;
+use crate::common::calls;
 use crate::common::guest::Guest;
 use crate::common::port::{Hook, Rule, When};
 use crate::common::state::{self, check_invariants};

@@ -9,10 +9,11 @@ use tdp_mmu::{
 };
 use tdx_defs::{CompletionStatus, Gpaw, Leaf};
 
+use super::actions;
+use crate::common::calls;
 use crate::common::port::{Effect, Rule};
 use crate::common::state::{self, check_invariants};
 use crate::common::{self, Rig};
-use crate::{actions, calls};
 
 /// Bits of an SPTE that do not name a page.
 const NOT_PFN: u64 = !0x000F_FFFF_FFFF_F000;

@@ -1,7 +1,8 @@
-//! Every row of the tables and every race does what it says, in both propagation modes.
+//! Every row and every race does what it says, in both propagation modes.
 
-use tdp_mmu::Mode;
-use tdp_mmu_scenarios::{RACES, list, run};
+use std::collections::BTreeSet;
+
+use tdp_mmu_scenarios::{Mode, RACES, list, run};
 
 fn check(group: &str) {
     let mut failed = Vec::new();
@@ -62,11 +63,34 @@ fn races_of_the_past_end_well_with_the_policy_of_today() {
 }
 
 #[test]
-fn ids_are_names_of_one_scenario_each() {
-    let mut ids: Vec<String> = list().into_iter().map(|scenario| scenario.id).collect();
-    let all = ids.len();
-    ids.sort();
-    ids.dedup();
-    assert_eq!(ids.len(), all);
-    assert!(run("P99", Mode::Kernel).is_none());
+fn two_sides_at_once_end_as_listed() {
+    check("concurrency");
+}
+
+#[test]
+fn a_guest_converts_as_listed() {
+    check("map-gpa");
+}
+
+#[test]
+fn transitions_that_must_not_be_are_noticed() {
+    check("forbidden");
+}
+
+#[test]
+fn every_group_is_played_above() {
+    let played = [
+        "roots",
+        "shared",
+        "private",
+        "zaps",
+        "concurrency",
+        "ioctls",
+        "map-gpa",
+        "teardown",
+        "forbidden",
+        RACES,
+    ];
+    let groups: BTreeSet<&str> = list().iter().map(|scenario| scenario.group).collect();
+    assert_eq!(groups, BTreeSet::from(played));
 }

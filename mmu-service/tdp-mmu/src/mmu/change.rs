@@ -241,5 +241,5 @@ impl Mmu {
     }
 }
 
-#[cfg(all(test, not(feature = "shuttle")))]
-mod tests;
+#[cfg(all(any(test, feature = "scenarios"), not(feature = "shuttle")))]
+pub(crate) mod tests;

@@ -420,5 +420,5 @@ impl Drop for Unit<'_> {
     }
 }
 
-#[cfg(all(test, not(feature = "shuttle")))]
-mod tests;
+#[cfg(all(any(test, feature = "scenarios"), not(feature = "shuttle")))]
+pub(crate) mod tests;

@@ -31,7 +31,7 @@ impl RootTypes {
     pub(crate) const MIRROR: Self = Self(4);
     /// Both kinds, valid ones only.
     pub(crate) const VALID: Self = Self(6);
-    #[cfg(all(test, not(feature = "shuttle")))]
+    #[cfg(all(any(test, feature = "scenarios"), not(feature = "shuttle")))]
     pub(crate) const ALL: Self = Self(7);
 
     pub(crate) const fn with(self, other: Self) -> Self {
@@ -214,5 +214,5 @@ impl Mmu {
     }
 }
 
-#[cfg(all(test, not(feature = "shuttle")))]
-mod tests;
+#[cfg(all(any(test, feature = "scenarios"), not(feature = "shuttle")))]
+pub(crate) mod tests;

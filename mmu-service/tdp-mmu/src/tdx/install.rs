@@ -132,7 +132,7 @@ impl Hooks<'_> {
     }
 
     /// Whether the hooks would call the module for all of `ops`.
-    #[cfg(all(test, not(feature = "shuttle")))]
+    #[cfg(all(any(test, feature = "scenarios"), not(feature = "shuttle")))]
     pub(crate) fn would_call(&self, seam: &mut Seam<'_>, ops: &[ExternalOp]) -> bool {
         let (mut calls, mut tags) = (Vec::new(), Vec::new());
         ops.iter().all(|&op| {

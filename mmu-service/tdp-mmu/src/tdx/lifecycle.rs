@@ -23,6 +23,20 @@ const POSTED_INTR_VECTOR: u64 = 0xF2;
 /// Process-posted-interrupts bit of the pin-based controls.
 const PIN_BASED_POSTED_INTR: u64 = 0x80;
 
+/// What every command of KVM_MEMORY_ENCRYPT_OP is checked for first: its `hw_error` is for the
+/// answer, and must come as 0. EINVAL otherwise.
+///
+/// Source: arch/x86/kvm/vmx/tdx.c, `tdx_get_cmd()`.
+pub fn check_hw_error(hw_error: u64) -> Result<(), VmError> {
+    if hw_error == 0 {
+        return Ok(());
+    }
+    Err(VmError::Invalid {
+        field: "hw_error",
+        reason: format!("{hw_error:#x} is not 0"),
+    })
+}
+
 /// The page where the host puts TD_PARAMS or the source of an added page; given back on drop.
 pub(crate) struct SourcePage<'a> {
     host: &'a Host,

@@ -171,8 +171,8 @@ pub(crate) fn complete(pending: Vmcall, ret: u64, has_event: bool, layout: &GpaL
     }
 }
 
-#[cfg(all(test, not(feature = "shuttle")))]
-mod tests {
+#[cfg(all(any(test, feature = "scenarios"), not(feature = "shuttle")))]
+pub(crate) mod tests {
     use super::*;
     use tdx_defs::Gpaw;
 
@@ -224,44 +224,44 @@ mod tests {
             .collect()
     }
 
-    #[test]
-    fn m01_two_mib_are_one_exit() {
+    #[cfg_attr(test, test)]
+    pub(crate) fn m01_two_mib_are_one_exit() {
         let (exits, answer) = play(call(SHARED, 2 * MIB, true), |_| (0, false));
         assert_eq!(chunks(&exits), [(0, 512, false)]);
         assert_eq!(answer, (SUCCESS, 0));
     }
 
-    #[test]
-    fn m02_five_mib_are_three_exits() {
+    #[cfg_attr(test, test)]
+    pub(crate) fn m02_five_mib_are_three_exits() {
         let (exits, answer) = play(call(MIB, 5 * MIB, true), |_| (0, false));
         let expected = [(MIB, 512, true), (3 * MIB, 512, true), (5 * MIB, 256, true)];
         assert_eq!(chunks(&exits), expected);
         assert_eq!(answer, (SUCCESS, 0));
     }
 
-    #[test]
-    fn m03_an_event_cuts_the_conversion_short() {
+    #[cfg_attr(test, test)]
+    pub(crate) fn m03_an_event_cuts_the_conversion_short() {
         let (exits, answer) = play(call(MIB, 5 * MIB, true), |_| (0, true));
         assert_eq!(exits.len(), 1);
         assert_eq!(answer, (RETRY, 3 * MIB));
     }
 
-    #[test]
-    fn m04_a_failure_names_the_chunk() {
+    #[cfg_attr(test, test)]
+    pub(crate) fn m04_a_failure_names_the_chunk() {
         let gpa = SHARED | MIB;
         let (exits, answer) = play(call(gpa, 5 * MIB, true), |exit| ((exit == 2).into(), false));
         assert_eq!(exits.len(), 2);
         assert_eq!(answer, (INVALID_OPERAND, gpa + 2 * MIB));
     }
 
-    #[test]
-    fn m05_without_the_exit_the_call_is_unsupported() {
+    #[cfg_attr(test, test)]
+    pub(crate) fn m05_without_the_exit_the_call_is_unsupported() {
         let (exits, answer) = play(call(MIB, MIB, false), |_| (0, false));
         assert_eq!((exits.len(), answer), (0, (SUBFUNC_UNSUPPORTED, MIB)));
     }
 
-    #[test]
-    fn m06_a_range_that_cannot_be_is_an_invalid_operand() {
+    #[cfg_attr(test, test)]
+    pub(crate) fn m06_a_range_that_cannot_be_is_an_invalid_operand() {
         for (gpa, size) in [
             (MIB, 0),
             (u64::MAX - 4095, 8192),
@@ -277,8 +277,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn m07_an_unaligned_range_is_an_alignment_error() {
+    #[cfg_attr(test, test)]
+    pub(crate) fn m07_an_unaligned_range_is_an_alignment_error() {
         for (gpa, size) in [(MIB + 1, MIB), (MIB, 4097)] {
             let (_, answer) = play(call(gpa, size, true), |_| (0, false));
             assert_eq!(answer, (ALIGN_ERROR, gpa));

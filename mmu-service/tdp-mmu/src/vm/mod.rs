@@ -19,7 +19,7 @@ mod image;
 mod inspect;
 mod level;
 mod map;
-mod map_gpa;
+pub(crate) mod map_gpa;
 mod mmio;
 mod prefault;
 mod recover;
@@ -180,5 +180,5 @@ impl Vm {
     }
 }
 
-#[cfg(all(test, not(feature = "shuttle")))]
-mod tests;
+#[cfg(all(any(test, feature = "scenarios"), not(feature = "shuttle")))]
+pub(crate) mod tests;

@@ -1,4 +1,12 @@
 //! Scenarios that need a hand inside: states that no sequence of calls reaches.
+#![cfg_attr(
+    not(test),
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "only the rows of the tables are scenarios"
+    )
+)]
 
 use tdx_defs::{Gfn, Gpaw, Leaf, Level, Pfn, Visibility};
 
@@ -11,7 +19,7 @@ use super::wanted::{GuestWalk, Wanted};
 use super::*;
 use crate::bugs::Check;
 use crate::common::port::{Rule, When};
-use crate::common::{self, Rig};
+use crate::common::{self, Rig, witness};
 use crate::error::errno;
 use crate::memory::slots::SlotSpec;
 use crate::mmu::direct::{DirectFault, Installed, Target};
@@ -26,7 +34,7 @@ const GFN: Gfn = Gfn::new(1);
 fn e4(mode: Mode) -> (Rig, Vm) {
     let rig = Rig::new();
     let vm = rig.empty(mode, Gpaw::W48);
-    rig.port.take_calls();
+    rig.forget_calls();
     (rig, vm)
 }
 
@@ -39,8 +47,7 @@ fn checks(vm: &Vm) -> Vec<Check> {
 }
 
 fn leaves(rig: &Rig) -> Vec<Leaf> {
-    rig.port
-        .take_calls()
+    rig.look_at_calls()
         .into_iter()
         .map(|call| call.leaf)
         .collect()
@@ -70,17 +77,17 @@ const REMOVAL: [Leaf; 4] = [
     Leaf::PHYMEM_PAGE_WBINVD,
 ];
 
-#[test]
-fn r07_a_root_of_another_level_is_not_shown_to_the_module() {
-    let (rig, vm) = e4(Mode::Batched);
+#[cfg_attr(test, test)]
+pub(crate) fn r07_a_root_of_another_level_is_not_shown_to_the_module() {
+    let (rig, vm) = e4(witness::mode_or(Mode::Batched));
     assert!(!vm.check_root_level(Level::L256T));
     assert_eq!(checks(&vm), [Check::B32]);
     assert_eq!(leaves(&rig), [], "no TDH.VP.WR");
 }
 
-#[test]
-fn r15_a_vcpu_that_goes_puts_both_roots() {
-    let (rig, vm) = e4(Mode::Batched);
+#[cfg_attr(test, test)]
+pub(crate) fn r15_a_vcpu_that_goes_puts_both_roots() {
+    let (rig, vm) = e4(witness::mode_or(Mode::Batched));
     let counts = |vm: &Vm| vm.roots().iter().map(|root| root.count).collect::<Vec<_>>();
     assert_eq!(counts(&vm), [2, 2]);
     let vcpu = vm.vcpu(0).unwrap();
@@ -149,9 +156,9 @@ fn a_prefault_that_loses_its_root_half_way_tells_how_far_it_came() {
     assert_eq!(done, STRIDE << 12);
 }
 
-#[test]
-fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
-    let (rig, vm) = e4(Mode::Batched);
+#[cfg_attr(test, test)]
+pub(crate) fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
+    let (rig, vm) = e4(witness::mode_or(Mode::Batched));
     vm.slots
         .by_id(0)
         .unwrap()
@@ -175,9 +182,9 @@ fn d10_a_slot_on_its_way_out_is_retried_and_refuses_prefault() {
     assert_eq!(leaves(&rig), []);
 }
 
-#[test]
-fn d15_a_frame_with_the_shared_bit_is_a_bug() {
-    let (_rig, vm) = e4(Mode::Batched);
+#[cfg_attr(test, test)]
+pub(crate) fn d15_a_frame_with_the_shared_bit_is_a_bug() {
+    let (_rig, vm) = e4(witness::mode_or(Mode::Batched));
     let alias = Gfn::new(1 | vm.mmu.layout.direct_bits());
     let Err(Early::Error(error)) = vm.resolve(
         &mut vm.slots.lookups(),
@@ -190,9 +197,9 @@ fn d15_a_frame_with_the_shared_bit_is_a_bug() {
     assert!(vm.bugs().is_bugged());
 }
 
-#[test]
-fn d16_faults_on_an_obsolete_direct_root_start_over() {
-    for mode in [Mode::Kernel, Mode::Batched] {
+#[cfg_attr(test, test)]
+pub(crate) fn d16_faults_on_an_obsolete_direct_root_start_over() {
+    for mode in witness::modes() {
         for visibility in [Visibility::Shared, Visibility::Private] {
             let (rig, vm) = e4(mode);
             vm.set_memory_attributes(0x2000, 0x1000, 0).unwrap();
@@ -223,9 +230,9 @@ fn d16_faults_on_an_obsolete_direct_root_start_over() {
     }
 }
 
-#[test]
-fn p16_a_goal_above_4k_is_refused_by_the_leaf_hook() {
-    let (rig, vm) = e4(Mode::Kernel);
+#[cfg_attr(test, test)]
+pub(crate) fn p16_a_goal_above_4k_is_refused_by_the_leaf_hook() {
+    let (rig, vm) = e4(witness::mode_or(Mode::Kernel));
     let mut seam = vm.seam(0);
     let level = Level::L2M;
     let ops = [ExternalOp::SetSpte {
@@ -238,12 +245,27 @@ fn p16_a_goal_above_4k_is_refused_by_the_leaf_hook() {
     assert_eq!(leaves(&rig), []);
 }
 
-#[test]
-fn i21_a_leaf_before_finalisation_needs_a_source_page() {
+#[cfg_attr(test, test)]
+pub(crate) fn i19_an_error_on_the_way_in_is_refused() {
     let rig = Rig::new();
-    let vm = rig.pre(Mode::Batched, Gpaw::W48);
+    let vm = rig.uninitialized(witness::mode_or(Mode::Batched), Gpaw::W48);
+    // As whoever takes the command from user space does it.
+    let init = |hw_error| crate::check_hw_error(hw_error).and_then(|()| vm.init());
+    let error = init(1 << 63).unwrap_err();
+    assert_eq!(
+        (error.errno(), error.field()),
+        (errno::EINVAL, Some("hw_error"))
+    );
+    assert_eq!(leaves(&rig), []);
+    assert!(init(0).is_ok());
+}
+
+#[cfg_attr(test, test)]
+pub(crate) fn i21_a_leaf_before_finalisation_needs_a_source_page() {
+    let rig = Rig::new();
+    let vm = rig.pre(witness::mode_or(Mode::Batched), Gpaw::W48);
     vm.load_mmu(0).unwrap();
-    rig.port.take_calls();
+    rig.forget_calls();
     let root = vm.mmu.root_of(RootKind::Mirror).unwrap();
     assert!(vm.mmu.top_up_external(|| vm.host.memory.page()));
     let leaf = spte::leaf_4k(
@@ -265,11 +287,11 @@ fn i21_a_leaf_before_finalisation_needs_a_source_page() {
     assert_eq!(vm.mmu.last(root, GFN).unwrap().spte, spte::NP);
 }
 
-#[test]
-fn x03_a_mirror_leaf_made_present_by_force_loses_the_old_page() {
-    let (rig, vm) = e4(Mode::Kernel);
+#[cfg_attr(test, test)]
+pub(crate) fn x03_a_mirror_leaf_made_present_by_force_loses_the_old_page() {
+    let (rig, vm) = e4(witness::mode_or(Mode::Kernel));
     common::map_private(&vm, 1..2);
-    rig.port.take_calls();
+    rig.forget_calls();
     let root = vm.mmu.root_of(RootKind::Mirror).unwrap();
     let step = vm.mmu.last(root, GFN).unwrap();
     let mut ops = Vec::new();
@@ -282,11 +304,11 @@ fn x03_a_mirror_leaf_made_present_by_force_loses_the_old_page() {
     assert_eq!(leaves(&rig), REMOVAL);
 }
 
-#[test]
-fn x04_a_private_table_is_not_freed_while_a_key_is_assigned() {
-    let (rig, vm) = e4(Mode::Kernel);
+#[cfg_attr(test, test)]
+pub(crate) fn x04_a_private_table_is_not_freed_while_a_key_is_assigned() {
+    let (rig, vm) = e4(witness::mode_or(Mode::Kernel));
     common::map_private(&vm, 1..2);
-    rig.port.take_calls();
+    rig.forget_calls();
     let root = vm.mmu.root_of(RootKind::Mirror).unwrap();
     let table = vm.mmu.path(root, GFN)[2];
     let mut ops = Vec::new();
@@ -300,11 +322,11 @@ fn x04_a_private_table_is_not_freed_while_a_key_is_assigned() {
     assert_eq!(vm.leaked.load(Ordering::Relaxed), 1);
 }
 
-#[test]
-fn t07_a_leaf_left_behind_the_key_is_a_bug() {
-    let (rig, vm) = e4(Mode::Kernel);
+#[cfg_attr(test, test)]
+pub(crate) fn t07_a_leaf_left_behind_the_key_is_a_bug() {
+    let (rig, vm) = e4(witness::mode_or(Mode::Kernel));
     common::map_private(&vm, 1..2);
-    rig.port.take_calls();
+    rig.forget_calls();
     let root = vm.mmu.root_of(RootKind::Mirror).unwrap();
     let hkid = vm.td.release_hkid().unwrap();
     let mut ops = Vec::new();
@@ -323,7 +345,7 @@ fn t07_a_leaf_left_behind_the_key_is_a_bug() {
 
 #[test]
 fn b26_a_root_that_somebody_keeps_is_noticed_at_the_end() {
-    let (_rig, vm) = e4(Mode::Batched);
+    let (_rig, vm) = e4(witness::mode_or(Mode::Batched));
     let root = vm.mmu.root_of(RootKind::Direct).unwrap();
     assert!(vm.mmu.get_root(root));
     vm.destroy().unwrap();
@@ -333,7 +355,7 @@ fn b26_a_root_that_somebody_keeps_is_noticed_at_the_end() {
 
 #[test]
 fn b28_the_leaf_hook_wants_a_present_entry_with_all_rights() {
-    let (rig, vm) = e4(Mode::Batched);
+    let (rig, vm) = e4(witness::mode_or(Mode::Batched));
     let traits = LeafTraits {
         map_writable: true,
         prefetch: false,
@@ -362,7 +384,7 @@ fn b28_the_leaf_hook_wants_a_present_entry_with_all_rights() {
 
 #[test]
 fn b35_a_vcpu_that_was_not_flushed_is_not_freed() {
-    let (rig, vm) = e4(Mode::Kernel);
+    let (rig, vm) = e4(witness::mode_or(Mode::Kernel));
     // The key goes behind the back of the VM's end, which therefore flushes nobody.
     vm.td.release_hkid().unwrap();
     let (_, leaked) = vm.destroy().unwrap();
@@ -373,9 +395,9 @@ fn b35_a_vcpu_that_was_not_flushed_is_not_freed() {
     assert!(!leaves(&rig).contains(&Leaf::VP_FLUSH));
 }
 
-#[test]
-fn z28_a_generation_that_comes_round_zaps_everything_shared() {
-    let (_rig, vm) = e4(Mode::Batched);
+#[cfg_attr(test, test)]
+pub(crate) fn z28_a_generation_that_comes_round_zaps_everything_shared() {
+    let (_rig, vm) = e4(witness::mode_or(Mode::Batched));
     common::map_private(&vm, 1..2);
     common::map_shared(&vm, 2..3);
     vm.slots
@@ -401,9 +423,9 @@ fn begin_invalidation(vm: &Vm, ranges: &[std::ops::Range<u64>]) {
         .for_each(|range| vm.invalidation.range_add(&held, range));
 }
 
-#[test]
-fn c09_a_fault_outside_an_invalidation_goes_on() {
-    for mode in [Mode::Kernel, Mode::Batched] {
+#[cfg_attr(test, test)]
+pub(crate) fn c09_a_fault_outside_an_invalidation_goes_on() {
+    for mode in witness::modes() {
         let (rig, vm) = e4(mode);
         begin_invalidation(&vm, std::slice::from_ref(&(0x100..0x200)));
         let report = vm.handle_fault(0, common::private(1)).unwrap();
@@ -419,9 +441,9 @@ fn c09_a_fault_outside_an_invalidation_goes_on() {
     }
 }
 
-#[test]
-fn c10_a_fault_between_two_ranges_of_one_invalidation_starts_over() {
-    for mode in [Mode::Kernel, Mode::Batched] {
+#[cfg_attr(test, test)]
+pub(crate) fn c10_a_fault_between_two_ranges_of_one_invalidation_starts_over() {
+    for mode in witness::modes() {
         let (rig, vm) = e4(mode);
         begin_invalidation(&vm, &[0..9, 100..109]);
         // An event ends the retries.
@@ -460,9 +482,9 @@ const BUSY_ONCE: [Leaf; 4] = [
     Leaf::MEM_PAGE_AUG,
 ];
 
-#[test]
-fn c20_a_fault_in_local_retry_lets_the_deletion_of_its_slot_pass() {
-    for mode in [Mode::Kernel, Mode::Batched] {
+#[cfg_attr(test, test)]
+pub(crate) fn c20_a_fault_in_local_retry_lets_the_deletion_of_its_slot_pass() {
+    for mode in witness::modes() {
         let (rig, vm) = e4(mode);
         let (rig, vm) = (&rig, &vm);
         std::thread::scope(|scope| {
@@ -486,9 +508,9 @@ fn c20_a_fault_in_local_retry_lets_the_deletion_of_its_slot_pass() {
     }
 }
 
-#[test]
-fn c21_a_fault_in_local_retry_ends_with_the_vm() {
-    for mode in [Mode::Kernel, Mode::Batched] {
+#[cfg_attr(test, test)]
+pub(crate) fn c21_a_fault_in_local_retry_ends_with_the_vm() {
+    for mode in witness::modes() {
         let (rig, vm) = e4(mode);
         let report = during_local_retry(&rig, &vm, || {
             vm.mmu
@@ -500,11 +522,11 @@ fn c21_a_fault_in_local_retry_ends_with_the_vm() {
     }
 }
 
-#[test]
-fn c22_a_root_that_becomes_obsolete_is_replaced_on_the_next_entry() {
-    let (rig, vm) = e4(Mode::Kernel);
+#[cfg_attr(test, test)]
+pub(crate) fn c22_a_root_that_becomes_obsolete_is_replaced_on_the_next_entry() {
+    let (rig, vm) = e4(witness::mode_or(Mode::Kernel));
     common::map_shared(&vm, 2..3);
-    rig.port.take_calls();
+    rig.forget_calls();
     let vcpu = vm.vcpu(0).unwrap();
     let roots = vm.enter(&vcpu, &mut lock(&vcpu.run)).unwrap();
     vm.zap_all_fast().unwrap();
@@ -525,8 +547,8 @@ fn c22_a_root_that_becomes_obsolete_is_replaced_on_the_next_entry() {
     assert_eq!(leaves(&rig), [Leaf::VP_WR]);
 }
 
-#[test]
-fn c23_a_removed_table_is_not_reused_while_somebody_walks_it() {
+#[cfg_attr(test, test)]
+pub(crate) fn c23_a_removed_table_is_not_reused_while_somebody_walks_it() {
     let rig = Rig::new();
     let vm = rig.ordinary(VmConfig::default());
     vm.set_user_memory_region(common::user_slot(0, 0, 0x400))

@@ -1,10 +1,14 @@
 //! A host, a VM and the real module core in one process, for tests of the public face.
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
+pub(crate) mod calls;
+pub(crate) mod direct_pairs;
 pub(crate) mod gate;
 pub(crate) mod guest;
+pub(crate) mod pairs;
 pub(crate) mod port;
 pub(crate) mod state;
+pub(crate) mod witness;
 
 use std::sync::Arc;
 
@@ -15,7 +19,7 @@ use tdp_mmu::{
 use tdx_defs::{Gpaw, Hpa};
 use tdx_module::{Module, PlatformConfig, Tdmr};
 
-use port::Port;
+use port::{Call, Port};
 
 const GIB: u64 = 1 << 30;
 /// Pages of the slot that the baselines have: 1 GiB.
@@ -97,6 +101,20 @@ impl Rig {
         let module = Arc::new(Module::new(config).unwrap());
         let port = Arc::new(Port::new(Arc::clone(&module)));
         Self { module, port, host }
+    }
+
+    /// Calls of a preparation that nobody looks at.
+    pub(crate) fn forget_calls(&self) {
+        self.port.take_calls();
+    }
+
+    /// The calls since the last time, shown to whoever plays a scenario.
+    pub(crate) fn look_at_calls(&self) -> Vec<Call> {
+        let made = self.port.take_calls();
+        let platform = self.host.platform();
+        let (global, shift) = (platform.global_hkid.into(), platform.hkid_shift());
+        witness::show(made.iter().map(|call| calls::short(call, global, shift)));
+        made
     }
 
     /// A VM that is no TD yet.

@@ -89,7 +89,7 @@ async fn looking_takes_known_roots_and_levels_only() {
 }
 
 #[tokio::test]
-async fn i19_an_error_on_the_way_in_is_refused() {
+async fn an_error_on_the_way_in_is_refused() {
     let mut table = Table::new(false).await;
     let (vm_id, vcpu_id, hw_error) = (table.vm, 0, 1 << 63);
     let field = Some("hw_error");

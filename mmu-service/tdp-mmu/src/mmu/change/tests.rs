@@ -1,4 +1,12 @@
 //! Transitions that must not be: what each check says, and what is left behind.
+#![cfg_attr(
+    not(test),
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "only the rows of the tables are scenarios"
+    )
+)]
 
 use super::*;
 use crate::mmu::direct::{DirectFault, Installed, Target};
@@ -66,8 +74,8 @@ fn checks(mmu: &Mmu) -> Vec<Check> {
         .collect()
 }
 
-#[test]
-fn x01_an_atomic_change_of_a_present_mirror_leaf_bugs_and_goes_on() {
+#[cfg_attr(test, test)]
+pub(crate) fn x01_an_atomic_change_of_a_present_mirror_leaf_bugs_and_goes_on() {
     let (mmu, _, step) = mapped(RootKind::Mirror);
     let read_only = leaf(7) & !spte::WRITE;
     assert_eq!(
@@ -89,16 +97,16 @@ fn x01_an_atomic_change_of_a_present_mirror_leaf_bugs_and_goes_on() {
     assert!(mmu.bugs.is_bugged());
 }
 
-#[test]
-fn x02_an_atomic_zap_of_a_mirror_leaf_is_refused() {
+#[cfg_attr(test, test)]
+pub(crate) fn x02_an_atomic_zap_of_a_mirror_leaf_is_refused() {
     let (mmu, _, step) = mapped(RootKind::Mirror);
     assert_eq!(mmu.freeze(&step, GFN, spte::NP), Err(Lost));
     assert_eq!(mmu.read(step.slot), leaf(7), "unchanged");
     assert_eq!(checks(&mmu), [Check::B7]);
 }
 
-#[test]
-fn x05_an_atomic_zap_of_a_mirror_table_is_refused() {
+#[cfg_attr(test, test)]
+pub(crate) fn x05_an_atomic_zap_of_a_mirror_table_is_refused() {
     let (mmu, root, _) = mapped(RootKind::Mirror);
     let table = mmu.path(root, GFN)[2];
     assert!(spte::is_table(table.spte, table.level));
@@ -107,16 +115,16 @@ fn x05_an_atomic_zap_of_a_mirror_table_is_refused() {
     assert_eq!(checks(&mmu), [Check::B7]);
 }
 
-#[test]
-fn x06_a_leaf_that_changes_its_page_stops_a_host() {
+#[cfg_attr(test, test)]
+pub(crate) fn x06_a_leaf_that_changes_its_page_stops_a_host() {
     let (mmu, _, step) = mapped(RootKind::Direct);
     assert_eq!(mmu.set_direct_atomic(&step, GFN, leaf(8)), Ok(()));
     assert_eq!(checks(&mmu), [Check::B20]);
     assert!(mmu.bugs.is_bugged());
 }
 
-#[test]
-fn x07_a_table_of_another_level_or_frame_is_warned_about() {
+#[cfg_attr(test, test)]
+pub(crate) fn x07_a_table_of_another_level_or_frame_is_warned_about() {
     let (mmu, _, _) = mapped(RootKind::Mirror);
     let role = Role::root(Level::L512G, RootKind::Mirror).child();
     let table = mmu
@@ -153,8 +161,8 @@ fn x07_a_table_of_another_level_or_frame_is_warned_about() {
     assert!(!mmu.bugs.is_bugged(), "WARN, not BUG");
 }
 
-#[test]
-fn x08_a_mirror_table_without_a_page_bugs_the_vm() {
+#[cfg_attr(test, test)]
+pub(crate) fn x08_a_mirror_table_without_a_page_bugs_the_vm() {
     let (mmu, _, _) = mapped(RootKind::Mirror);
     let role = Role::root(Level::L512G, RootKind::Mirror).child();
     let table = mmu.arena.alloc(role, Gfn::new(0), None).unwrap();
@@ -167,8 +175,8 @@ fn x08_a_mirror_table_without_a_page_bugs_the_vm() {
     assert!(mmu.bugs.is_bugged());
 }
 
-#[test]
-fn x09_a_huge_mirror_leaf_is_never_split() {
+#[cfg_attr(test, test)]
+pub(crate) fn x09_a_huge_mirror_leaf_is_never_split() {
     let (mmu, root, _) = mapped(RootKind::Mirror);
     let above = mmu.path(root, Gfn::new(0x200))[2];
     mmu.store(above.slot, leaf(0x200) | LARGE);
@@ -177,8 +185,8 @@ fn x09_a_huge_mirror_leaf_is_never_split() {
     assert_eq!(checks(&mmu), [Check::B16]);
 }
 
-#[test]
-fn x10_nothing_to_nothing_is_warned_about() {
+#[cfg_attr(test, test)]
+pub(crate) fn x10_nothing_to_nothing_is_warned_about() {
     let (mmu, _, step) = mapped(RootKind::Direct);
     let mmio = spte::mmio(0x1000, 0, true);
     for (old, new, warned) in [
@@ -207,8 +215,8 @@ fn x10_nothing_to_nothing_is_warned_about() {
     assert!(!mmu.bugs.is_bugged());
 }
 
-#[test]
-fn d17_a_walk_above_the_shared_bit_visits_nothing() {
+#[cfg_attr(test, test)]
+pub(crate) fn d17_a_walk_above_the_shared_bit_visits_nothing() {
     let (mmu, root, _) = mapped(RootKind::Direct);
     let above = Gfn::new(1 << 35);
     assert!(mmu.path(root, above).is_empty() && mmu.last(root, above).is_none());

@@ -1,4 +1,12 @@
 //! Units: what is visible at which moment, and what each prefix of an answer leaves.
+#![cfg_attr(
+    not(test),
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "only the rows of the tables are scenarios"
+    )
+)]
 
 use super::*;
 use crate::mmu::role::RootKind;
@@ -155,8 +163,8 @@ fn one_step_at_a_time_holds_one_entry() {
     ));
 }
 
-#[test]
-fn c05_whoever_loses_an_entry_gives_its_table_back_and_calls_nobody() {
+#[cfg_attr(test, test)]
+pub(crate) fn c05_whoever_loses_an_entry_gives_its_table_back_and_calls_nobody() {
     let (mmu, root) = mmu();
     let spare = |mmu: &Mmu| {
         let pages = mmu.drain_external();

@@ -1,4 +1,12 @@
 //! Which roots an operation visits, and how long a root lives.
+#![cfg_attr(
+    not(test),
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "only the rows of the tables are scenarios"
+    )
+)]
 
 use super::*;
 use tdx_defs::{GpaLayout, Gpaw};
@@ -18,8 +26,8 @@ fn during_a_fast_zap() -> (Mmu, [TableId; 3]) {
     (mmu, [mirror, direct, invalid])
 }
 
-#[test]
-fn r09_valid_types_skip_a_root_that_is_being_zapped() {
+#[cfg_attr(test, test)]
+pub(crate) fn r09_valid_types_skip_a_root_that_is_being_zapped() {
     let (mmu, [mirror, direct, _]) = during_a_fast_zap();
     assert_eq!(mmu.roots(RootTypes::DIRECT), [direct]);
     assert_eq!(mmu.roots(RootTypes::MIRROR), [mirror]);
@@ -30,8 +38,8 @@ fn r09_valid_types_skip_a_root_that_is_being_zapped() {
     );
 }
 
-#[test]
-fn r10_types_with_invalid_visit_it_too() {
+#[cfg_attr(test, test)]
+pub(crate) fn r10_types_with_invalid_visit_it_too() {
     let (mmu, [mirror, direct, invalid]) = during_a_fast_zap();
     assert_eq!(
         mmu.roots(RootTypes::DIRECT.with(RootTypes::INVALID)),
@@ -40,8 +48,8 @@ fn r10_types_with_invalid_visit_it_too() {
     assert_eq!(mmu.roots(RootTypes::ALL), [direct, invalid, mirror]);
 }
 
-#[test]
-fn r11_invalid_alone_names_no_kind_of_root() {
+#[cfg_attr(test, test)]
+pub(crate) fn r11_invalid_alone_names_no_kind_of_root() {
     let (mmu, _) = during_a_fast_zap();
     assert_eq!(mmu.roots(RootTypes::INVALID), []);
     assert!(
@@ -53,8 +61,8 @@ fn r11_invalid_alone_names_no_kind_of_root() {
     assert!(!mmu.bugs.reports().is_empty() && !mmu.bugs.is_bugged());
 }
 
-#[test]
-fn r12_filters_choose_root_types() {
+#[cfg_attr(test, test)]
+pub(crate) fn r12_filters_choose_root_types() {
     let mmu = mmu();
     for (filter, types) in [
         (Filter::SHARED, RootTypes::DIRECT),
@@ -72,8 +80,8 @@ fn r12_filters_choose_root_types() {
     assert!(!mmu.bugs.is_bugged());
 }
 
-#[test]
-fn r13_the_last_reference_of_a_valid_root_is_a_bug() {
+#[cfg_attr(test, test)]
+pub(crate) fn r13_the_last_reference_of_a_valid_root_is_a_bug() {
     let mmu = mmu();
     let root = mmu.alloc_root(RootKind::Mirror).unwrap();
     assert_eq!(

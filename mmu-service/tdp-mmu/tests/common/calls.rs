@@ -2,7 +2,7 @@
 
 use tdx_defs::Leaf;
 
-use crate::common::port::Call;
+use super::port::Call;
 
 const NAMES: [(&str, Leaf); 26] = [
     ("AUG", Leaf::MEM_PAGE_AUG),

@@ -1,11 +1,11 @@
-//! Scenarios that can be run: the tables, as text, and races of the past.
+//! Scenarios that can be run: the tables, as text, what no line can play, and races of the past.
 //!
 //! Everything runs on both cores in this process, each scenario with a host, a module and a VM of
 //! its own. Through the services it could not: a row spoils single answers of the module, races
-//! stop a call in its middle, and both look at the private tree directly. The cores stay free of
-//! that, so it is a crate of its own, beside the core whose tests use the same tables. Host, port
-//! and checks (`tests/common`) are files of the core's tests, compiled once more here: the tests
-//! inside the core need them against their own instance of it.
+//! stop a call in its middle, some need a hand inside the core, and all look at the private tree
+//! directly. The core that the service has stays free of that, so this is a package of its own
+//! which compiles the sources of the core once more. Host, port and checks (`tests/common`) are
+//! files of the core's tests, and so are the functions that [`played`] lists.
 //!
 //! Each file of `tables/` is a list of rows:
 //!
@@ -20,40 +20,48 @@
 //! hexadecimal frames and page counts, decimal elsewhere. A line that starts with `kernel` or
 //! `batched` holds in that propagation mode only. Behind every row the invariants are checked, and
 //! the VM gives everything back, unless it is bugged.
-#![cfg(not(feature = "shuttle"))]
-
-#[path = "../../tests/common/mod.rs"]
-mod common;
 
 mod actions;
-mod calls;
+mod concurrent;
+mod played;
 mod races;
 mod rows;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-pub use tdp_mmu::Mode;
+use tdp_mmu::Mode;
 
+use crate::common::{calls, witness};
 use rows::Row;
 use world::World;
 
-/// Name and text of each table.
-const TABLES: [(&str, &str); 6] = [
-    ("roots", include_str!("../tables/roots.txt")),
-    ("shared", include_str!("../tables/shared.txt")),
-    ("private", include_str!("../tables/private.txt")),
-    ("zaps", include_str!("../tables/zaps.txt")),
-    ("ioctls", include_str!("../tables/ioctls.txt")),
-    ("teardown", include_str!("../tables/teardown.txt")),
+/// Texts of the tables.
+const TABLES: [&str; 6] = [
+    include_str!("../tables/roots.txt"),
+    include_str!("../tables/shared.txt"),
+    include_str!("../tables/private.txt"),
+    include_str!("../tables/zaps.txt"),
+    include_str!("../tables/ioctls.txt"),
+    include_str!("../tables/teardown.txt"),
 ];
 /// The group of the races.
 pub const RACES: &str = "races";
 
-/// What a host is told of a module in the same process.
-pub fn platform_of(config: &tdx_module::PlatformConfig) -> tdp_mmu::Platform {
-    common::platform_of(config)
-}
+/// Letters of ids, and the groups that they stand for, in the order of the list.
+const GROUPS: [(&str, &str); 11] = [
+    ("R", "roots"),
+    ("D", "shared"),
+    ("L", "shared"),
+    ("N", "shared"),
+    ("P", "private"),
+    ("Z", "zaps"),
+    ("C", "concurrency"),
+    ("I", "ioctls"),
+    ("M", "map-gpa"),
+    ("T", "teardown"),
+    ("X", "forbidden"),
+];
 
 /// A scenario by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,7 +70,8 @@ pub struct Scenario {
     pub id: String,
     /// What happens.
     pub title: String,
-    /// Table, or [`RACES`].
+    /// What it is about: `roots`, `shared`, `private`, `zaps`, `concurrency`, `ioctls`, `map-gpa`,
+    /// `teardown`, `forbidden`, or [`RACES`].
     pub group: &'static str,
 }
 
@@ -89,19 +98,31 @@ pub struct Run {
     pub policies: Vec<Policy>,
 }
 
-/// Every scenario, in the order of the tables, races last.
+fn rows() -> impl Iterator<Item = Row> {
+    TABLES.into_iter().flat_map(rows::parse)
+}
+
+/// Place of an id in the list: its group, then its number.
+fn place(id: &str) -> (usize, &str) {
+    let letter = id.get(..1).unwrap_or_default();
+    let group = GROUPS.iter().position(|(of, _)| *of == letter);
+    (group.unwrap_or(GROUPS.len()), id)
+}
+
+/// Every scenario: rows by group and number, races last.
 pub fn list() -> Vec<Scenario> {
-    let rows = TABLES.iter().flat_map(|&(group, text)| {
-        rows::parse(text).into_iter().map(move |row| Scenario {
-            id: row.id,
-            title: row.title,
-            group,
-        })
-    });
+    let rows = rows().map(|row| (row.id, row.title));
+    let played = played::ALL.iter().map(|one| (one.id(), one.title()));
+    let mut named: Vec<(String, String)> = rows.chain(played).collect();
+    named.sort_by(|(one, _), (other, _)| place(one).cmp(&place(other)));
     let races = races::ALL.iter().map(|race| Scenario {
         id: race.id.into(),
         title: race.title.into(),
         group: RACES,
+    });
+    let rows = named.into_iter().map(|(id, title)| {
+        let group = GROUPS.get(place(&id).0).map_or("", |(_, group)| group);
+        Scenario { id, title, group }
     });
     rows.chain(races).collect()
 }
@@ -109,36 +130,46 @@ pub fn list() -> Vec<Scenario> {
 /// Runs a scenario in a propagation mode; `None` when there is none of this name.
 pub fn run(id: &str, mode: Mode) -> Option<Run> {
     if let Some(race) = races::ALL.iter().find(|race| race.id == id) {
-        let policies = caught(|| (race.run)(mode));
-        return Some(match policies {
-            Ok(policies) => Run {
-                failure: None,
-                calls: policies
-                    .first()
-                    .map_or(Vec::new(), |fixed| fixed.calls.clone()),
-                policies,
-            },
-            Err(failure) => Run {
-                failure: Some(failure),
-                calls: Vec::new(),
-                policies: Vec::new(),
-            },
+        return Some(run_race(race, mode));
+    }
+    if let Some(played) = played::ALL.iter().find(|played| played.id() == id) {
+        let (ended, calls) = witness::watch(mode, || caught(|| played.play(mode)));
+        return Some(Run {
+            failure: ended.err(),
+            calls,
+            policies: Vec::new(),
         });
     }
-    let mut rows = TABLES.iter().flat_map(|(_, text)| rows::parse(text));
-    let row = rows.find(|row| row.id == id)?;
+    let row = rows().find(|row| row.id == id)?;
+    Some(run_row(&row, mode))
+}
+
+fn run_race(race: &races::Race, mode: Mode) -> Run {
+    let (failure, policies) = match caught(|| (race.run)(mode)) {
+        Ok(policies) => (None, policies),
+        Err(failure) => (Some(failure), Vec::new()),
+    };
+    let fixed = policies.first();
+    Run {
+        failure,
+        calls: fixed.map_or(Vec::new(), |fixed| fixed.calls.clone()),
+        policies,
+    }
+}
+
+fn run_row(row: &Row, mode: Mode) -> Run {
     let mut world = World::new(mode);
-    let played = caught(|| play(&mut world, &row, mode)).and_then(|played| played);
+    let played = caught(|| play(&mut world, row, mode)).and_then(|played| played);
     let calls = world.take_calls();
     let ended = match played {
         Ok(()) => caught(|| world.end()).and_then(|ended| ended),
         failed => failed,
     };
-    Some(Run {
+    Run {
         failure: ended.err(),
         calls,
         policies: Vec::new(),
-    })
+    }
 }
 
 fn play(world: &mut World, row: &Row, mode: Mode) -> Result<(), String> {
