@@ -8,6 +8,7 @@ mod chaos;
 mod compare;
 mod conformance;
 mod guest;
+mod host;
 mod inject;
 mod measure;
 mod memory;
@@ -31,6 +32,10 @@ pub use chaos::{ChaosCommand, ChaosRunArgs, ChaosSoakArgs};
 pub use compare::CompareArgs;
 pub use conformance::ConformanceArgs;
 pub use guest::{GuestArgs, GuestWord, GuestWordError};
+pub use host::{
+    HostChangeArg, HostChangeArgs, HostCommand, HostUnmapArgs, NxCommand, NxRecoverArgs, NxSetArgs,
+    TouchArgs, WriteProtectArgs,
+};
 pub use inject::{AbortArg, InjectCommand, InjectSetArgs};
 pub use measure::{MeasureArgs, MeasureOrder};
 pub use memory::{
@@ -188,6 +193,16 @@ pub enum Command {
     Zap(ZapArgs),
     /// Make the direct root obsolete (kvm_mmu_zap_all_fast)
     ZapFast(ZapFastArgs),
+    /// The host changes its mapping of user memory, or takes it back
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Take write access away: from the shared leaves of a slot, or from one frame for good
+    WriteProtect(WriteProtectArgs),
+    /// The guest's processor touches shared memory: accessed and dirty bits, no faults
+    Touch(TouchArgs),
+    /// Huge pages without X (nx_huge_pages): switch the mitigation, recover what it split
+    #[command(subcommand)]
+    Nx(NxCommand),
     /// Print the tracepoints of a VM as they come, in the form of tracefs' trace file
     Events(EventsArgs),
     /// Play a marked recording of a real KVM and compare what the model does, event by event
@@ -264,6 +279,12 @@ impl Command {
             Self::Age(_) => "age",
             Self::Zap(_) => "zap",
             Self::ZapFast(_) => "zap-fast",
+            Self::Host(HostCommand::Change(_)) => "host change",
+            Self::Host(HostCommand::Unmap(_)) => "host unmap",
+            Self::WriteProtect(_) => "write-protect",
+            Self::Touch(_) => "touch",
+            Self::Nx(NxCommand::Set(_)) => "nx set",
+            Self::Nx(NxCommand::Recover(_)) => "nx recover",
             Self::Measure(_) => "measure",
             Self::Seamcall(_) => "seamcall",
             Self::Vm(VmCommand::List | VmCommand::Show(_))

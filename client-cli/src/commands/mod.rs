@@ -11,6 +11,7 @@ mod explain;
 mod fault;
 mod generate;
 mod guest;
+mod host;
 mod inject;
 mod look;
 mod measure;
@@ -66,6 +67,10 @@ pub(crate) async fn run(session: &Session, command: &Command) -> Result<Answer, 
         Command::Age(args) => tables::age(client, args).await,
         Command::Zap(args) => tables::zap(client, args).await,
         Command::ZapFast(args) => tables::zap_fast(client, args).await,
+        Command::Host(command) => host::run(client, command).await,
+        Command::WriteProtect(args) => host::write_protect(client, args).await,
+        Command::Touch(args) => host::touch(client, args).await,
+        Command::Nx(command) => host::nx(client, command).await,
         Command::Events(args) => events::run(session, args).await,
         Command::Compare(args) => compare::run(client, args).await,
         Command::Measure(args) => measure::run(client, args).await,

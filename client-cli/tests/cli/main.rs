@@ -8,6 +8,7 @@ mod common;
 mod compare;
 mod conformance;
 mod guest;
+mod host;
 mod leftovers;
 mod measure;
 mod recorded;
