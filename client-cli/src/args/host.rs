@@ -98,19 +98,24 @@ pub struct HostUnmapArgs {
 
 /// `mmuctl write-protect`.
 #[derive(Debug, Args)]
-#[group(id = "protected", required = true, multiple = false, args = ["slot", "gpa"])]
 pub struct WriteProtectArgs {
     /// The VM
     #[arg(long, value_name = "ID", value_parser = number)]
     pub vm: u64,
     /// Every shared leaf of a slot; writes come back through the fast path
-    #[arg(long, value_name = "N", value_parser = number32)]
+    #[arg(
+        long,
+        value_name = "N",
+        required_unless_present = "gpa",
+        conflicts_with = "gpa",
+        value_parser = number32
+    )]
     pub slot: Option<u32>,
     /// The leaf of one frame, without the SHARED bit, for good
     #[arg(long, value_name = "ADDR", value_parser = number)]
     pub gpa: Option<u64>,
     /// Whether somebody wants to see every write of the frame from now on
-    #[arg(long, value_name = "BOOL", requires = "gpa", action = clap::ArgAction::Set)]
+    #[arg(long, value_name = "BOOL", conflicts_with = "slot", action = clap::ArgAction::Set)]
     pub track: Option<bool>,
 }
 

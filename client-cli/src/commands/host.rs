@@ -7,8 +7,8 @@ use mirror_proto::mmu::{
 use serde_json::{Value, json};
 
 use crate::args::{
-    HostChangeArgs, HostCommand, HostUnmapArgs, NxCommand, NxRecoverArgs, NxSetArgs, TouchArgs,
-    WriteProtectArgs,
+    HostChangeArgs, HostCommand, HostPageSizeArg, HostUnmapArgs, NxCommand, NxRecoverArgs,
+    NxSetArgs, TouchArgs, WriteProtectArgs,
 };
 use crate::client::Client;
 use crate::error::Error;
@@ -36,13 +36,13 @@ fn counted(mut json: Value, counts: Option<&Counts>) -> Answer {
 }
 
 async fn change(client: &Client, args: &HostChangeArgs) -> Result<Answer, Error> {
-    let page_size = args.page_size.unwrap_or_default();
+    let page_size = args.page_size.map(HostPageSizeArg::to_wire);
     let message = ChangeHostMappingRequest {
         vm_id: args.vm,
         start: args.hva,
         end: end_of(args.hva, args.size)?,
         change: args.to.to_wire().into(),
-        page_size: page_size.to_wire().into(),
+        page_size: page_size.unwrap_or_default().into(),
         silent: args.silent,
     };
     let answer = client

@@ -276,7 +276,7 @@ fn what_has_two_meanings_is_skipped() {
         ("gpa=4096000", "decimal or hexadecimal"),
         ("SOMETHING", "flags"),
         ("ZERO_RANGE", "FALLOCATE"),
-        ("madvise(0x1000", "missing"),
+        ("madvise(0x1000", "no advice"),
         ("first_page=x", "no number"),
         ("size=many", "no number"),
         ("", "no step that is known"),
