@@ -318,6 +318,9 @@ impl World {
                 vm.punch_hole(number(id), offset, size)
                     .map(|(counts, _)| ok(counts))
             }
+            ["close", id] => vm
+                .close_guest_memfd(number(id))
+                .map(|(counts, _)| ok(counts)),
             ["unmap", first, pages] => {
                 let (start, size) = bytes(&range(first, pages));
                 let start = start + common::USER_BASE;

@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use tdx_defs::Pfn;
 
 use crate::host::{BLOCK_PAGES, Host};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 
 /// Regions of one lazily made chunk: 128 MiB.
@@ -44,6 +44,8 @@ pub(crate) enum NoPage {
     Poisoned,
     /// Host memory is spent.
     NoMemory,
+    /// The file is closed (EFAULT).
+    Closed,
 }
 
 /// The pages behind one slot, by page offset.
@@ -55,6 +57,7 @@ pub(crate) struct Backing {
     leaked: Mutex<BTreeSet<u64>>,
     poisoned: Mutex<BTreeSet<u64>>,
     any_poisoned: AtomicU64,
+    is_closed: AtomicBool,
 }
 
 impl Backing {
@@ -67,7 +70,13 @@ impl Backing {
             leaked: Mutex::default(),
             poisoned: Mutex::default(),
             any_poisoned: AtomicU64::new(0),
+            is_closed: AtomicBool::new(false),
         }
+    }
+
+    /// kvm_gmem_release: there are no pages from now on.
+    pub(crate) fn close(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
     }
 
     fn chunk(&self, region: u64) -> &Chunk {
@@ -80,6 +89,9 @@ impl Backing {
 
     /// kvm_gmem_get_pfn: the frame of page `offset`, made if it is not there.
     pub(crate) fn get(&self, offset: u64) -> Result<Pfn, NoPage> {
+        if self.is_closed.load(Ordering::Relaxed) {
+            return Err(NoPage::Closed);
+        }
         if self.any_poisoned.load(Ordering::Relaxed) != 0 && lock(&self.poisoned).contains(&offset)
         {
             return Err(NoPage::Poisoned);

@@ -33,7 +33,8 @@ pub struct SlotSpec {
     pub size: u64,
     /// Host virtual address of the first byte.
     pub userspace_addr: u64,
-    /// Private pages come from a guest_memfd.
+    /// Private pages come from a guest_memfd; of an ordinary VM all pages do, as if the file had
+    /// been made for mapping (GUEST_MEMFD_FLAG_MMAP).
     pub guest_memfd: bool,
     /// KVM_MEM_READONLY.
     pub read_only: bool,

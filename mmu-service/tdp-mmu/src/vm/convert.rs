@@ -164,6 +164,30 @@ impl Vm {
         Ok((counts, freed))
     }
 
+    /// close(2) of a slot's guest_memfd: its mappings and pages go, and later faults leave with an
+    /// exit record. How many pages went.
+    ///
+    /// Model: only in an ordinary VM. A TD keeps its files open until its end.
+    pub fn close_guest_memfd(&self, slot_id: u32) -> Result<(Counts, u64), VmError> {
+        self.alive()?;
+        let slot = self.slots.by_id(slot_id).ok_or(VmError::NoSlot(slot_id))?;
+        let Some(gmem) = slot.gmem.as_ref().filter(|_| self.is_gmem_only(&slot)) else {
+            let reason = format!("slot {slot_id} has no guest_memfd that can be closed");
+            return Err(VmError::invalid("slot_id", reason));
+        };
+        let _invalidate_lock = lock(&self.gmem_lock);
+        let mut seam = self.seam(0);
+        let mut freed = 0;
+        let gfns = std::slice::from_ref(&slot.gfns);
+        let zapped = self.zap_ranges(&mut seam, gfns, Filter::SHARED, || {
+            gmem.close();
+            freed = gmem.punch(0..slot.gfns.end - slot.gfns.start);
+        });
+        let counts = self.finish(seam);
+        zapped?;
+        Ok((counts, freed))
+    }
+
     /// kvm_zap_gfn_range: every mapping of a range goes, shared and private, and comes back with
     /// the next fault.
     pub fn zap_gfn_range(&self, gpa: u64, size: u64) -> Result<Counts, VmError> {

@@ -111,6 +111,7 @@ impl Vm {
             match gmem.get(slot.offset(gfn)) {
                 Ok(pfn) => pages.push((gfn, pfn)),
                 Err(NoPage::NoMemory) => return Err(out_of_memory(&self.host)),
+                Err(NoPage::Closed) => return Err(VmError::HostFault(gfn.base())),
                 Err(NoPage::Poisoned) => {
                     return Err(VmError::invalid("gpa", format!("frame {gfn} is poisoned")));
                 }

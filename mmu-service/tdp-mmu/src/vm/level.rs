@@ -65,6 +65,10 @@ impl Vm {
 
     /// kvm_mmu_max_mapping_level of shared memory.
     pub(super) fn max_mapping_level(&self, slot: &Slot, gfn: Gfn) -> Level {
+        // Pages of a guest_memfd are of order 0.
+        if self.is_gmem_only(slot) {
+            return Level::L4K;
+        }
         let mut level = MAX_LEAF_LEVEL.min(slot.user.largest());
         while let Some(child) = level.child() {
             let forbidden = slot.forbids(gfn, level)

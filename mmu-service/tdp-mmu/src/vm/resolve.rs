@@ -129,7 +129,10 @@ impl Vm {
             return Err(Early::Ret(RetPf::Emulate));
         }
         let page = match visibility {
-            Visibility::Private => self.private_page(slot, gfn)?,
+            Visibility::Private => self.gmem_page(slot, gfn, visibility)?,
+            Visibility::Shared if self.is_gmem_only(slot) => {
+                self.gmem_page(slot, gfn, visibility)?
+            }
             Visibility::Shared => self.user_page(slot, gfn, wanted.access.write)?,
         };
         if self.invalidation.retry(seq, gfn) {
@@ -143,9 +146,14 @@ impl Vm {
         })
     }
 
+    /// kvm_memslot_is_gmem_only: whether shared faults get their pages from the guest_memfd, too.
+    pub(super) fn is_gmem_only(&self, slot: &Slot) -> bool {
+        slot.gmem.is_some() && !self.is_td()
+    }
+
     /// kvm_mmu_faultin_pfn_gmem.
-    fn private_page(&self, slot: &Slot, gfn: Gfn) -> Result<Page, VmError> {
-        let fault = |errno, reason| self.memory_fault(gfn, Visibility::Private, errno, reason);
+    fn gmem_page(&self, slot: &Slot, gfn: Gfn, visibility: Visibility) -> Result<Page, VmError> {
+        let fault = |errno, reason| self.memory_fault(gfn, visibility, errno, reason);
         let Some(gmem) = &slot.gmem else {
             return Err(fault(errno::EFAULT, "the memory slot has no guest_memfd"));
         };
@@ -156,6 +164,7 @@ impl Vm {
             }),
             Err(NoPage::NoMemory) => Err(out_of_memory(&self.host)),
             Err(NoPage::Poisoned) => Err(fault(errno::EHWPOISON, "the page is poisoned")),
+            Err(NoPage::Closed) => Err(fault(errno::EFAULT, "the guest_memfd is closed")),
         }
     }
 

@@ -59,7 +59,6 @@ impl Vm {
             for (set, field, what) in [
                 (spec.read_only, "slot.read_only", "be read-only"),
                 (spec.log_dirty, "slot.log_dirty", "log dirty pages"),
-                (!self.is_td(), "slot.guest_memfd", "be in an ordinary VM"),
             ] {
                 if set {
                     let reason = format!("a slot with guest_memfd cannot {what}");
