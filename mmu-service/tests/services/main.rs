@@ -14,6 +14,7 @@ mod ranges;
 mod refusals;
 mod restart;
 mod run;
+mod scenarios;
 mod stack;
 mod surface;
 mod table;
