@@ -9,6 +9,7 @@
 //! that faulted, and the ranges that the notifiers named. What KVM made of it is the model's part.
 //! `docs/compare.md` describes the form of a recording and what counts as the same.
 
+mod arguments;
 mod matching;
 mod pages;
 mod player;

@@ -79,8 +79,8 @@ impl Player {
         tell: &mut impl FnMut(&Step, Verdict),
     ) -> Result<(), Error> {
         for (at, step) in steps.iter().enumerate() {
-            let verdict = match step.verb().to_ascii_uppercase().as_str() {
-                "CREATE_VM" | "KVM_CREATE_VM" => self.create(steps, at).await?,
+            let verdict = match step.verb().as_str() {
+                "CREATE_VM" => self.create(steps, at).await?,
                 "VM_DESTROY" | "DESTROY_VM" | "CLOSE_VM" => self.destroy(step).await?,
                 _ => match &mut self.running {
                     Some(running) => running.step(at, step).await?,
@@ -96,7 +96,7 @@ impl Player {
         if let Some(running) = self.running.take() {
             running.vm.destroy().await?;
         }
-        let is_next = |step: &Step| step.verb().to_ascii_uppercase().ends_with("CREATE_VM");
+        let is_next = |step: &Step| step.verb() == "CREATE_VM";
         let more = steps[at + 1..].iter().position(is_next);
         let end = more.map_or(steps.len(), |more| at + 1 + more);
         let settings = Settings::of(&steps[at..end]);

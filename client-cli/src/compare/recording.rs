@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 use std::io::BufRead;
 
+use super::arguments::{alone, argument, counts, value};
+use crate::trace::ReadError;
 use crate::trace::raw::{RawLine, each};
-use crate::trace::{ReadError, hex};
 
 /// Lines of one recording: some hundred megabytes of text.
 const MAX_LINES: usize = 1 << 22;
@@ -51,6 +52,8 @@ pub struct Step {
     pub stat: BTreeMap<String, u64>,
     /// Events that the recorder lost here.
     pub lost: u64,
+    /// How many of the lines stand before its end, once that has come.
+    pub(super) ended: Option<usize>,
 }
 
 /// What a call returned.
@@ -126,43 +129,84 @@ impl Recording {
 
     /// Takes a `STEP` line. `false` when it is none.
     fn step_mark(&mut self, text: &str) -> bool {
-        let Some((number, rest)) = text
-            .strip_prefix("STEP ")
-            .and_then(|rest| rest.split_once(' '))
-        else {
-            return false;
-        };
-        let Ok(number) = number.parse() else {
-            return false;
-        };
-        let (word, rest) = rest.split_once(' ').unwrap_or((rest, ""));
-        match (word, self.steps.last_mut()) {
-            ("BEGIN", _) => self.steps.push(Step {
-                number,
-                title: rest.trim().to_owned(),
-                ..Step::default()
-            }),
-            ("END", Some(step)) => step.outcome = outcome(rest),
-            ("STAT", Some(step)) => {
-                let counts = fields(rest)
-                    .filter_map(|(name, value)| Some((name.to_owned(), value.parse().ok()?)));
-                step.stat = counts.collect();
+        let text = text.trim();
+        let (first, rest) = split_word(text);
+        let is_step = first.eq_ignore_ascii_case("STEP");
+        let (name, rest) = split_word(rest);
+        let (word, rest) = split_word(rest);
+        let number = name.trim_matches(['#', ':']).parse::<u64>().ok();
+        let word = word.trim_end_matches(':').to_ascii_uppercase();
+        match (word.as_str(), number) {
+            _ if !is_step => false,
+            // A step whose number nobody can read is one all the same, if it says what it does.
+            ("BEGIN", None) if rest.is_empty() => false,
+            ("BEGIN", number) => {
+                let last = self.steps.last().map_or(0, |step| step.number);
+                self.begin(number.unwrap_or(last + 1), rest);
+                true
             }
-            _ => return false,
+            ("END", Some(number)) => self.end(number, rest),
+            ("END", None) => match self.steps.last().filter(|step| step.ended.is_none()) {
+                Some(&Step { number, .. }) => self.end(number, rest),
+                None => false,
+            },
+            ("STAT", Some(number)) => match self.steps.last_mut() {
+                Some(step) if step.number == number => {
+                    step.stat = counts(rest)
+                        .map(|(name, value)| (name.to_owned(), value))
+                        .collect();
+                    true
+                }
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+
+    fn begin(&mut self, number: u64, title: &str) {
+        self.steps.push(Step {
+            number,
+            title: title.to_owned(),
+            ..Step::default()
+        });
+    }
+
+    /// The end of a step whose beginning was lost takes what came since the one before ended.
+    fn end(&mut self, number: u64, text: &str) -> bool {
+        let Some(last) = self.steps.last_mut() else {
+            return false;
+        };
+        if last.number != number {
+            let Some(ended) = last.ended else {
+                return false;
+            };
+            let lines = last.lines.split_off(ended);
+            self.begin(number, "");
+            if let Some(step) = self.steps.last_mut() {
+                step.lines = lines;
+            }
+        }
+        if let Some(step) = self.steps.last_mut() {
+            step.outcome = outcome(text);
+            step.ended = Some(step.lines.len());
         }
         true
     }
 }
 
+/// The first word, and what stands behind it.
+fn split_word(text: &str) -> (&str, &str) {
+    let text = text.trim_start();
+    let end = text.find(char::is_whitespace).unwrap_or(text.len());
+    let (word, rest) = text.split_at(end);
+    (word, rest.trim())
+}
+
 fn outcome(text: &str) -> Option<Outcome> {
-    let value = |key| {
-        fields(text)
-            .find(|(name, _)| *name == key)
-            .map(|(_, value)| value)
-    };
+    let signed = |text: &str| text.parse::<i64>().ok();
     Some(Outcome {
-        rc: value("rc")?.parse().ok()?,
-        errno: value("errno").map_or(Some(0), |errno| errno.parse().ok())?,
+        rc: signed(argument(text, "rc")?)?,
+        errno: argument(text, "errno").map_or(Some(0), |errno| errno.parse().ok())?,
     })
 }
 
@@ -177,57 +221,54 @@ fn mark<'a>(name: &str, text: &'a str) -> Option<&'a str> {
     }
 }
 
-/// `key=value` words.
-pub(super) fn fields(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    text.split_whitespace()
-        .filter_map(|word| word.split_once('='))
-}
-
-/// A number as the driving program prints it: `0x` hexadecimal, else decimal.
-pub(super) fn number(text: &str) -> Option<u64> {
-    match text.strip_prefix("0x") {
-        Some(_) => hex("number", text).ok(),
-        None => text.parse().ok(),
-    }
-}
-
 impl Step {
-    /// What was done.
-    pub fn verb(&self) -> &str {
-        self.title.split_whitespace().next().unwrap_or("")
+    /// What was done, in capitals and without `KVM_`: `MADVISE` of `madvise(MADV_DONTNEED)`.
+    pub fn verb(&self) -> String {
+        let (verb, _) = self.title.split_at(self.verb_end());
+        let verb = verb.to_ascii_uppercase().replace('-', "_");
+        verb.strip_prefix("KVM_").unwrap_or(&verb).to_owned()
     }
 
-    /// The words behind the verb that are no `key=value`, as one.
+    fn verb_end(&self) -> usize {
+        let ends = |letter: char| letter.is_whitespace() || matches!(letter, '(' | ':' | ',');
+        self.title.find(ends).unwrap_or(self.title.len())
+    }
+
+    /// What stands behind the verb.
+    fn arguments(&self) -> &str {
+        &self.title[self.verb_end()..]
+    }
+
+    /// The words behind the verb that are no arguments, as one, in capitals.
     pub(super) fn words(&self) -> String {
-        let words = self.title.split_whitespace().skip(1);
-        words
-            .filter(|word| !word.contains('='))
-            .collect::<Vec<_>>()
-            .join(" ")
+        alone(self.arguments()).to_ascii_uppercase()
     }
 
     /// The text of an argument.
     pub(super) fn field(&self, key: &str) -> Option<&str> {
-        fields(&self.title)
-            .find(|(name, _)| *name == key)
-            .map(|(_, value)| value)
+        argument(self.arguments(), key)
     }
 
-    /// The first of several names that an argument may have, as a number.
+    /// The first of several names that an argument may have, as a number. `None` when it has none
+    /// of them.
+    pub(super) fn optional(&self, keys: &[&str]) -> Result<Option<u64>, String> {
+        let found = keys.iter().find_map(|key| Some((*key, self.field(key)?)));
+        found.map(|(key, text)| value(key, text)).transpose()
+    }
+
+    /// The same, of an argument that must be there.
     pub(super) fn number(&self, keys: &[&str]) -> Result<u64, String> {
-        let Some(text) = keys.iter().find_map(|key| self.field(key)) else {
-            return Err(format!(
-                "{} is missing",
-                keys.first().unwrap_or(&"an argument")
-            ));
-        };
-        number(text).ok_or_else(|| format!("{}: {text:?} is no number", keys[0]))
+        let missing = || format!("{} is missing", keys.first().unwrap_or(&"an argument"));
+        self.optional(keys)?.ok_or_else(missing)
     }
 
     /// The note that begins with a word: the rest of it.
     pub(super) fn note(&self, word: &str) -> Option<&str> {
         let notes = self.lines.iter().filter(|line| line.name.is_empty());
-        let mut found = notes.filter_map(|line| line.text.strip_prefix(word)?.strip_prefix(' '));
+        let mut found = notes.filter_map(|line| {
+            let (first, rest) = split_word(&line.text);
+            first.eq_ignore_ascii_case(word).then_some(rest)
+        });
         found.next()
     }
 }
@@ -253,8 +294,8 @@ STEP 2 BEGIN
         let [step, last] = &recording.steps[..] else {
             panic!("{recording:?}");
         };
-        assert_eq!((step.number, step.verb()), (1, "MADVISE"));
-        assert_eq!(step.words(), "DONTNEED(a-b)");
+        assert_eq!((step.number, step.verb()), (1, "MADVISE".into()));
+        assert_eq!(step.words(), "DONTNEED(A-B)");
         assert_eq!(step.number(&["gpa", "hva"]), Ok(0x1000));
         assert_eq!(step.number(&["len"]), Ok(16));
         assert_eq!(step.number(&["slot"]), Err("slot is missing".into()));
@@ -263,7 +304,57 @@ STEP 2 BEGIN
         assert_eq!(step.outcome, Some(Outcome { rc: -1, errno: 22 }));
         assert_eq!(step.stat, BTreeMap::from([("pages_4k".into(), 7)]));
         assert_eq!(step.lost, 5);
-        assert_eq!((last.number, last.verb()), (2, ""));
+        assert_eq!((last.number, last.verb()), (2, String::new()));
+    }
+
+    #[test]
+    fn marks_may_be_written_in_several_ways() {
+        let text = "step 1 begin madvise(MADV_DONTNEED) addr=7fa1ce002000 len=16K\n\
+            step 1 end rc=0, errno=0\nstep 1 stat: pages_4k 7 pf_taken 3\n\
+            STEP #2 BEGIN: kvm_create_vm vcpus 1\nSTEP x BEGIN WAIT\n";
+        let recording = Recording::read(text.as_bytes()).unwrap();
+        let [first, second, third] = &recording.steps[..] else {
+            panic!("{recording:?}");
+        };
+        assert_eq!(
+            (first.verb(), first.words()),
+            ("MADVISE".into(), "(MADV_DONTNEED)".into())
+        );
+        assert_eq!(first.number(&["hva", "addr"]), Ok(0x7FA1_CE00_2000));
+        assert_eq!(first.number(&["len"]), Ok(16 << 10));
+        assert_eq!(first.outcome, Some(Outcome { rc: 0, errno: 0 }));
+        assert_eq!(
+            first.stat,
+            BTreeMap::from([("pages_4k".into(), 7), ("pf_taken".into(), 3)])
+        );
+        assert_eq!((second.number, second.verb()), (2, "CREATE_VM".into()));
+        assert_eq!(second.number(&["vcpus"]), Ok(1));
+        assert_eq!(
+            (third.number, third.verb()),
+            (3, "WAIT".into()),
+            "the next number"
+        );
+    }
+
+    #[test]
+    fn a_step_whose_beginning_was_lost_takes_its_events_with_it() {
+        let text = "STEP 1 BEGIN WAIT\nkvm_age_hva: a\nSTEP 1 END rc=0 errno=0\nSTEP 1 STAT pages_4k=1\n\
+            kvm_age_hva: b\nSTEP 2 END rc=-1 errno=14\nSTEP 3 END rc=0\nSTEP 9 STAT pages_4k=3\n";
+        let recording = Recording::read(text.as_bytes()).unwrap();
+        let found: Vec<_> = recording
+            .steps
+            .iter()
+            .map(|step| {
+                (
+                    step.number,
+                    step.lines.len(),
+                    step.outcome.map(|outcome| outcome.errno),
+                )
+            })
+            .collect();
+        // The statistics of nobody stay a note.
+        assert_eq!(found, [(1, 1, Some(0)), (2, 1, Some(14)), (3, 1, Some(0))]);
+        assert_eq!(recording.steps[1].title, "");
     }
 
     #[test]

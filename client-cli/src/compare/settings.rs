@@ -3,7 +3,8 @@
 
 use mirror_proto::mmu::{DirtyLogMode, HostPageSize};
 
-use super::recording::{Step, number};
+use super::arguments::{flags, number};
+use super::recording::Step;
 use super::spte::{Format, Kind};
 use crate::trace::hex;
 
@@ -13,6 +14,17 @@ pub(super) const CAP_QUIRKS: [u64; 2] = [116, 213];
 pub(super) const CAP_MANUAL_LOG: u64 = 168;
 /// KVM_X86_QUIRK_SLOT_ZAP_ALL.
 const QUIRK_SLOT_ZAP_ALL: u64 = 1 << 7;
+/// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MEM_GUEST_MEMFD.
+pub(super) const LOG_DIRTY: u64 = 1 << 0;
+pub(super) const READ_ONLY: u64 = 1 << 1;
+pub(super) const GUEST_MEMFD: u64 = 1 << 2;
+const FLAGS: [(&str, u64); 5] = [
+    ("LOG_DIRTY_PAGES", LOG_DIRTY),
+    ("LOG_DIRTY", LOG_DIRTY),
+    ("READONLY", READ_ONLY),
+    ("READ_ONLY", READ_ONLY),
+    ("GUEST_MEMFD", GUEST_MEMFD),
+];
 /// Requests for huge pages that are looked at for one slot.
 const MAX_REQUESTS: usize = 1 << 16;
 
@@ -84,7 +96,7 @@ impl Settings {
                 }
             }
             if step.verb().starts_with("SET_USER_MEMORY_REGION")
-                && step.number(&["flags"]).is_ok_and(|flags| flags & 1 != 0)
+                && slot_flags(step).is_ok_and(|flags| flags & LOG_DIRTY != 0)
                 && step
                     .lines
                     .iter()
@@ -99,7 +111,7 @@ impl Settings {
 
     /// What a step says outright.
     fn say(&mut self, step: &Step) {
-        let cap = step.number(&["cap"]).unwrap_or(0);
+        let cap = capability(step).unwrap_or(0);
         let arg = step.number(&["arg0", "args0", "arg"]).unwrap_or(0);
         if step.verb() == "ENABLE_CAP" && step.outcome.is_none_or(|outcome| outcome.rc >= 0) {
             if CAP_QUIRKS.contains(&cap) && arg & QUIRK_SLOT_ZAP_ALL != 0 {
@@ -137,6 +149,24 @@ impl Settings {
     }
 }
 
+/// The capability of a step, by number or by name.
+pub(super) fn capability(step: &Step) -> Result<u64, String> {
+    let named = step.field("cap").map(str::to_ascii_uppercase);
+    let named = named.unwrap_or_else(|| step.words());
+    match named.strip_prefix("KVM_CAP_").unwrap_or(&named) {
+        "DISABLE_QUIRKS" => Ok(CAP_QUIRKS[0]),
+        "DISABLE_QUIRKS2" => Ok(CAP_QUIRKS[1]),
+        "MANUAL_DIRTY_LOG_PROTECT2" => Ok(CAP_MANUAL_LOG),
+        _ => step.number(&["cap"]),
+    }
+}
+
+/// Flags of a slot, by number or by name.
+pub(super) fn slot_flags(step: &Step) -> Result<u64, String> {
+    let given = step.field("flags").unwrap_or("0");
+    flags(given, &FLAGS).ok_or_else(|| format!("flags: {given:.40} are not known"))
+}
+
 /// The page of a leaf of a level.
 pub(super) fn page_size(level: u64) -> HostPageSize {
     match level {
@@ -157,9 +187,9 @@ pub(super) fn parameter(step: &Step, name: &str) -> Option<bool> {
         None if named => step.field("value").or_else(|| step.field("val"))?,
         None => return None,
     };
-    match value {
-        "Y" | "y" | "on" | "force" | "true" => Some(true),
-        "N" | "n" | "off" | "never" | "false" => Some(false),
+    match value.to_ascii_lowercase().as_str() {
+        "y" | "on" | "force" | "true" => Some(true),
+        "n" | "off" | "never" | "false" => Some(false),
         other => number(other).map(|value| value != 0),
     }
 }

@@ -28,6 +28,7 @@ pub(super) struct KnownSlot {
     pub(super) size: u64,
     pub(super) hva: u64,
     pub(super) log_dirty: bool,
+    pub(super) guest_memfd: bool,
 }
 
 /// What is known of the host's memory besides what the model keeps.
@@ -38,6 +39,8 @@ pub(super) struct HostMemory {
     pub(super) changed: Vec<(u64, u64)>,
     /// Where pages may be somebody else's, too.
     pub(super) shared: Vec<(u64, u64)>,
+    /// Where a file behind the memory has lost its end.
+    pub(super) truncated: Vec<(u64, u64)>,
     /// Level that was told last, by first address of 2 MiB.
     pub(super) fitted: BTreeMap<u64, u64>,
     /// The mitigation decides about levels, then.

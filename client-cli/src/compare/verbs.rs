@@ -2,21 +2,22 @@
 
 use mirror_proto::mmu::{
     ClearDirtyLogRequest, GetDirtyLogRequest, HostChange, HostPageSize, PreFaultMemoryRequest,
-    SetNxHugePagesRequest, SetUserMemoryRegionRequest, Slot, TouchMemoryRequest, ZapAllFastRequest,
+    PunchHoleRequest, SetNxHugePagesRequest, SetUserMemoryRegionRequest, Slot, TouchMemoryRequest,
+    ZapAllFastRequest,
 };
 
-use super::recording::{Step, fields, number};
+use super::arguments::{argument, number};
+use super::recording::Step;
 use super::report::Difference;
 use super::service::{RecordedVm, call};
-use super::settings::{CAP_MANUAL_LOG, CAP_QUIRKS, Settings, parameter};
+use super::settings::{
+    CAP_MANUAL_LOG, CAP_QUIRKS, GUEST_MEMFD, LOG_DIRTY, READ_ONLY, Settings, capability, parameter,
+    slot_flags,
+};
 use super::stimuli::{self, Effects, HostMemory, KnownSlot};
 use crate::commands::tables::pages_of;
 use crate::error::Error;
 
-/// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MEM_GUEST_MEMFD.
-const LOG_DIRTY: u64 = 1 << 0;
-const READ_ONLY: u64 = 1 << 1;
-const GUEST_MEMFD: u64 = 1 << 2;
 /// Addresses in one TouchMemory: the limit of the wire.
 const TOUCHES: u64 = 4096;
 /// Addresses of one step that are touched.
@@ -32,6 +33,8 @@ pub(super) struct Done {
     pub(super) skip: Option<String>,
     /// vCPUs that faulted in it.
     pub(super) vcpus: usize,
+    /// It could not be read, so that nothing of it was played yet.
+    pub(super) is_unplayed: bool,
 }
 
 impl Done {
@@ -39,6 +42,13 @@ impl Done {
         Self {
             skip: Some(reason.into()),
             ..Self::default()
+        }
+    }
+
+    fn unreadable(reason: impl Into<String>) -> Self {
+        Self {
+            is_unplayed: true,
+            ..Self::skip(reason)
         }
     }
 
@@ -73,9 +83,14 @@ pub(super) struct Context<'a> {
 /// An argument that is missing or no number: the step cannot be played.
 macro_rules! number {
     ($step:expr, $($key:literal),+) => {
-        match $step.number(&[$($key),+]) {
+        readable!($step.number(&[$($key),+]))
+    };
+}
+macro_rules! readable {
+    ($number:expr) => {
+        match $number {
             Ok(number) => number,
-            Err(reason) => return Ok(Done::skip(reason)),
+            Err(reason) => return Ok(Done::unreadable(reason)),
         }
     };
 }
@@ -121,9 +136,33 @@ const HOST: [&str; 24] = [
 
 /// Plays one step of a VM that is there. Its events are read afterwards.
 pub(super) async fn play(context: Context<'_>) -> Result<Done, Error> {
+    let Context {
+        vm,
+        host,
+        settings,
+        at,
+        step,
+    } = context;
+    let context = Context {
+        vm: &mut *vm,
+        host: &mut *host,
+        settings,
+        at,
+        step,
+    };
+    let done = play_verb(context).await?;
+    if !done.is_unplayed {
+        return Ok(done);
+    }
+    // What the guest and the host did is known all the same.
+    let effects = stimuli::play(vm, host, step, None).await?;
+    Ok(done.with(effects))
+}
+
+async fn play_verb(context: Context<'_>) -> Result<Done, Error> {
     let step = context.step;
-    let verb = step.verb().to_ascii_uppercase();
-    let verb = verb.strip_prefix("KVM_").unwrap_or(&verb);
+    let verb = step.verb();
+    let verb = verb.as_str();
     let begins = |list: &[&str]| list.iter().any(|known| verb.starts_with(known));
     match verb {
         "ENABLE_CAP" => enable_cap(context).await,
@@ -132,10 +171,15 @@ pub(super) async fn play(context: Context<'_>) -> Result<Done, Error> {
         "GET_DIRTY_LOG" => get_dirty_log(context).await,
         "CLEAR_DIRTY_LOG" => clear_dirty_log(context).await,
         "PRE_FAULT_MEMORY" => pre_fault(context).await,
-        "MADVISE" => madvise(context).await,
+        "MADVISE" | "PROCESS_MADVISE" => madvise(context).await,
+        _ if advice_in(verb).is_some() => madvise(context).await,
         "MPROTECT" => mprotect(context).await,
         "MUNMAP" => host_range(context, Some(HostChange::NoAccess)).await,
         "FORK" => host_step(context, Some(HostChange::Share)).await,
+        "FALLOCATE" | "PUNCH_HOLE" | "GMEM_PUNCH_HOLE" | "GUEST_MEMFD_PUNCH_HOLE" => {
+            fallocate(context).await
+        }
+        "TRUNCATE" | "FTRUNCATE" => truncate(context).await,
         "ZAP_ALL_FAST" => {
             let vm_id = context.vm.vm_id;
             let message = ZapAllFastRequest { vm_id };
@@ -155,7 +199,7 @@ pub(super) async fn play(context: Context<'_>) -> Result<Done, Error> {
         _ if begins(&GUEST) => access(context).await,
         _ if begins(&HOST) => host_step(context, None).await,
         _ => {
-            let reason = format!("{:.40} is no step that is known", step.verb());
+            let reason = format!("{:.60} is no step that is known", step.title);
             let done = host_step(context, None).await?;
             Ok(Done {
                 skip: Some(reason),
@@ -174,8 +218,8 @@ async fn host_step(context: Context<'_>, change: Option<HostChange>) -> Result<D
 /// The same, and then the host's memory is another.
 async fn host_range(context: Context<'_>, change: Option<HostChange>) -> Result<Done, Error> {
     let Context { vm, host, step, .. } = context;
+    let (start, size) = readable!(range_of(step));
     let effects = stimuli::play(vm, host, step, None).await?;
-    let (start, size) = (number!(step, "hva", "addr"), number!(step, "len", "size"));
     let page = tdx_defs::PAGE_SIZE;
     let range = start
         .checked_add(size)
@@ -201,8 +245,16 @@ async fn host_range(context: Context<'_>, change: Option<HostChange>) -> Result<
     Ok(done)
 }
 
+/// First address and bytes of the host's range.
+fn range_of(step: &Step) -> Result<(u64, u64), String> {
+    Ok((
+        step.number(&["hva", "addr", "userspace_addr"])?,
+        step.number(&["len", "size", "length"])?,
+    ))
+}
+
 async fn enable_cap(context: Context<'_>) -> Result<Done, Error> {
-    let cap = number!(context.step, "cap");
+    let cap = readable!(capability(context.step));
     if CAP_QUIRKS.contains(&cap) || cap == CAP_MANUAL_LOG {
         // Taken in when the VM was made; what was refused then is refused for its arguments.
         let errno = context.step.outcome.map_or(0, |outcome| outcome.errno);
@@ -219,7 +271,7 @@ async fn enable_cap(context: Context<'_>) -> Result<Done, Error> {
 async fn create_vcpu(context: Context<'_>) -> Result<Done, Error> {
     let Context { vm, step, .. } = context;
     // "n" is how many there are to be, or how many more.
-    let count = step.number(&["n", "count"]).unwrap_or(1);
+    let count = readable!(step.optional(&["n", "count"])).unwrap_or(1);
     let more = u64::from(vm.vcpus) + 1;
     let count = u32::try_from(count.max(more)).unwrap_or(u32::MAX);
     Ok(Done::of(vm.need_vcpus(count).await?))
@@ -233,13 +285,12 @@ async fn set_region(context: Context<'_>) -> Result<Done, Error> {
         at,
         step,
     } = context;
-    let id = number!(step, "slot");
-    let (gpa, size) = (number!(step, "gpa"), number!(step, "size"));
-    let (hva, flags) = (number!(step, "hva"), step.number(&["flags"]).unwrap_or(0));
-    if flags & GUEST_MEMFD != 0 {
-        return Ok(Done::skip("an ordinary VM of the model has no guest_memfd"));
-    }
-    if flags & !(LOG_DIRTY | READ_ONLY) != 0 {
+    let id = number!(step, "slot", "slot_id", "id");
+    let gpa = number!(step, "gpa", "guest_phys_addr");
+    let size = number!(step, "size", "memory_size", "len");
+    let hva = number!(step, "hva", "userspace_addr", "addr");
+    let flags = readable!(slot_flags(step));
+    if flags & !(LOG_DIRTY | READ_ONLY | GUEST_MEMFD) != 0 {
         return Ok(Done::skip(format!(
             "flags {flags:#x} have no counterpart in the model"
         )));
@@ -261,7 +312,7 @@ async fn set_region(context: Context<'_>) -> Result<Done, Error> {
         log_dirty: flags & LOG_DIRTY != 0,
         host_page_size: page_size.into(),
         demand_zero: note.contains("not-populated") || note.contains("unpopulated"),
-        guest_memfd: false,
+        guest_memfd: flags & GUEST_MEMFD != 0,
     };
     let message = SetUserMemoryRegionRequest {
         vm_id: vm.vm_id,
@@ -279,6 +330,7 @@ async fn set_region(context: Context<'_>) -> Result<Done, Error> {
             size,
             hva,
             log_dirty: slot.log_dirty,
+            guest_memfd: slot.guest_memfd,
         };
         match size {
             0 => host.slots.remove(&id),
@@ -317,20 +369,28 @@ async fn access(context: Context<'_>) -> Result<Done, Error> {
         .contains("DONTNEED")
         .then_some(HostChange::DropToZero);
     let effects = stimuli::play(vm, host, step, change).await?;
-    if settings.ages {
-        touch(vm, step).await?;
+    let mut done = Done::default().with(effects);
+    if settings.ages
+        && let Err(reason) = touch(vm, step).await?
+    {
+        done.skip.get_or_insert(reason);
     }
-    Ok(Done::default().with(effects))
+    Ok(done)
 }
 
 /// Sets the accessed bits that the guest's accesses set. An address that faults has none.
-async fn touch(vm: &RecordedVm, step: &Step) -> Result<(), Error> {
-    let argument = |keys: &[&str]| step.number(keys).ok();
-    let (Some(gpa), Some(count)) = (argument(&["gpa"]), argument(&["count"])) else {
-        return Ok(());
+async fn touch(vm: &RecordedVm, step: &Step) -> Result<Result<(), String>, Error> {
+    let argument = |key| step.optional(&[key]);
+    let (gpa, count, stride) = match (argument("gpa"), argument("count"), argument("stride")) {
+        (Ok(gpa), Ok(count), Ok(stride)) => (gpa, count, stride),
+        (Err(reason), ..) | (_, Err(reason), _) | (.., Err(reason)) => return Ok(Err(reason)),
     };
-    let stride = argument(&["stride"]).unwrap_or(0);
-    let write = step.field("op") == Some("write");
+    let (Some(gpa), Some(count)) = (gpa, count) else {
+        return Ok(Ok(()));
+    };
+    let stride = stride.unwrap_or(0);
+    let op = step.field("op").map(str::to_ascii_uppercase);
+    let write = op.unwrap_or_else(|| step.words()).contains("WRITE");
     let count = count.min(MAX_TOUCHED);
     let mut at = 0;
     while at < count {
@@ -346,12 +406,12 @@ async fn touch(vm: &RecordedVm, step: &Step) -> Result<(), Error> {
         let _ = call!(vm.client, "TouchMemory", touch_memory, message)?;
         at += part;
     }
-    Ok(())
+    Ok(Ok(()))
 }
 
 async fn get_dirty_log(context: Context<'_>) -> Result<Done, Error> {
     let Context { vm, host, step, .. } = context;
-    let slot_id = u32::try_from(number!(step, "slot")).unwrap_or(u32::MAX);
+    let slot_id = u32::try_from(number!(step, "slot", "slot_id", "id")).unwrap_or(u32::MAX);
     let message = GetDirtyLogRequest {
         vm_id: vm.vm_id,
         slot_id,
@@ -370,11 +430,7 @@ async fn get_dirty_log(context: Context<'_>) -> Result<Done, Error> {
 
 fn dirty_difference(note: &str, bitmap: &[u64]) -> Option<Difference> {
     let found = pages_of(bitmap);
-    let value = |key| {
-        fields(note)
-            .find(|(name, _)| *name == key)
-            .map(|(_, value)| value)
-    };
+    let value = |key| argument(note, key);
     let count = value("count").and_then(number);
     if let Some(count) = count.filter(|count| *count != found.len() as u64) {
         return Some(Difference::new("dirty pages", count, found.len()));
@@ -399,10 +455,9 @@ fn dirty_difference(note: &str, bitmap: &[u64]) -> Option<Difference> {
 
 async fn clear_dirty_log(context: Context<'_>) -> Result<Done, Error> {
     let Context { vm, host, step, .. } = context;
-    let slot_id = u32::try_from(number!(step, "slot")).unwrap_or(u32::MAX);
-    let first_page = step
-        .number(&["first_page", "first", "offset", "start"])
-        .unwrap_or(0);
+    let slot_id = u32::try_from(number!(step, "slot", "slot_id", "id")).unwrap_or(u32::MAX);
+    let first_page = readable!(step.optional(&["first_page", "first", "offset", "start"]));
+    let first_page = first_page.unwrap_or(0);
     let num_pages = number!(step, "num_pages", "num", "npages", "count", "pages");
     let words = num_pages.div_ceil(64);
     if words > MAX_WORDS {
@@ -420,7 +475,9 @@ async fn clear_dirty_log(context: Context<'_>) -> Result<Done, Error> {
     let given = step.field("bitmap").or_else(|| step.field("mask"));
     if let Some(given) = given {
         let Some(bits) = number(given) else {
-            return Ok(Done::skip(format!("bitmap: {given:.40} is no number")));
+            return Ok(Done::unreadable(format!(
+                "bitmap: {given:.40} is no number"
+            )));
         };
         for (at, word) in bitmap.iter_mut().enumerate() {
             *word &= if at == 0 { bits } else { 0 };
@@ -441,8 +498,9 @@ async fn clear_dirty_log(context: Context<'_>) -> Result<Done, Error> {
 async fn pre_fault(context: Context<'_>) -> Result<Done, Error> {
     const CALL: &str = "PreFaultMemory";
     let Context { vm, step, .. } = context;
-    let size = number!(step, "size");
-    let vcpu_id = u32::try_from(step.number(&["vcpu"]).unwrap_or(0)).unwrap_or(u32::MAX);
+    let size = number!(step, "size", "len");
+    let vcpu = readable!(step.optional(&["vcpu", "vcpu_id"])).unwrap_or(0);
+    let vcpu_id = u32::try_from(vcpu).unwrap_or(u32::MAX);
     let message = PreFaultMemoryRequest {
         vm_id: vm.vm_id,
         vcpu_id,
@@ -466,10 +524,9 @@ async fn pre_fault(context: Context<'_>) -> Result<Done, Error> {
         .filter(|last| last.finished)
         .ok_or(Error::Truncated { call: CALL })?;
     let left = size.saturating_sub(last.done);
-    let noted = step.note("PRE_FAULT").and_then(|note| {
-        let (_, value) = fields(note).find(|(name, _)| *name == "left_size")?;
-        number(value)
-    });
+    let noted = step
+        .note("PRE_FAULT")
+        .and_then(|note| number(argument(note, "left_size")?));
     Ok(Done {
         difference: noted
             .filter(|noted| *noted != left)
@@ -479,9 +536,15 @@ async fn pre_fault(context: Context<'_>) -> Result<Done, Error> {
 }
 
 async fn madvise(context: Context<'_>) -> Result<Done, Error> {
-    let words = context.step.words();
-    let advice = words.split(['(', ' ']).next().unwrap_or("");
-    let advice = advice.strip_prefix("MADV_").unwrap_or(advice);
+    let step = context.step;
+    let verb = step.verb();
+    let given = step.field("advice").map(str::to_ascii_uppercase);
+    let words = given.unwrap_or_else(|| step.words());
+    let first = words
+        .split(['(', ')', ' ', ','])
+        .find(|word| !word.is_empty());
+    let first = advice_in(&verb).or(first).unwrap_or("");
+    let advice = first.strip_prefix("MADV_").unwrap_or(first);
     let change = match advice {
         "DONTNEED" | "DONTNEED_LOCKED" => Some(HostChange::DropToZero),
         "REMOVE" | "PAGEOUT" => Some(HostChange::Drop),
@@ -500,19 +563,99 @@ async fn madvise(context: Context<'_>) -> Result<Done, Error> {
     host_range(context, change).await
 }
 
+/// `DONTNEED` of a verb such as `MADV_DONTNEED`.
+fn advice_in(verb: &str) -> Option<&str> {
+    let advice = verb.strip_prefix("MADVISE_");
+    advice.or_else(|| verb.strip_prefix("MADV_"))
+}
+
 async fn mprotect(context: Context<'_>) -> Result<Done, Error> {
-    let words = context.step.words();
+    let step = context.step;
+    let given = step.field("prot").map(str::to_ascii_uppercase);
+    let words = given.unwrap_or_else(|| step.words());
+    let rights: Vec<&str> = words
+        .split(['|', '+', ',', '(', ')', ' '])
+        .map(|word| word.strip_prefix("PROT_").unwrap_or(word))
+        .collect();
+    let has = |names: &[&str]| rights.iter().any(|right| names.contains(right));
     let change = match () {
-        () if words.contains("WRITE") => HostChange::ReadWrite,
-        () if words.contains("READ") => HostChange::ReadOnly,
-        () if words.contains("NONE") => HostChange::NoAccess,
+        () if has(&["WRITE", "RW", "READWRITE", "READ_WRITE", "RWX"]) => HostChange::ReadWrite,
+        () if has(&["READ", "R", "RO", "READONLY", "READ_ONLY", "RX"]) => HostChange::ReadOnly,
+        () if has(&["NONE"]) => HostChange::NoAccess,
         () => {
-            return Ok(Done::skip(format!(
+            return Ok(Done::unreadable(format!(
                 "MPROTECT {words:.40} is no protection that is known"
             )));
         }
     };
     host_range(context, Some(change)).await
+}
+
+/// A hole in the file behind the memory: the next access gets new pages.
+async fn fallocate(context: Context<'_>) -> Result<Done, Error> {
+    let step = context.step;
+    let title = step.title.to_ascii_uppercase();
+    if title.contains("GMEM") || title.contains("GUEST_MEMFD") {
+        return punch_guest_memfd(context).await;
+    }
+    let mode = step.field("mode").map(str::to_ascii_uppercase);
+    let mode = mode.unwrap_or_else(|| format!("{} {}", step.verb(), step.words()));
+    if !mode.contains("PUNCH_HOLE") {
+        let reason = format!("FALLOCATE {mode:.40} is no hole: not known");
+        return Ok(Done::unreadable(reason));
+    }
+    // Offsets are the file's: without an address the notifiers say where it was mapped.
+    match range_of(step) {
+        Ok(_) => host_range(context, Some(HostChange::Drop)).await,
+        Err(_) => host_step(context, Some(HostChange::Drop)).await,
+    }
+}
+
+/// KVM zaps what the file is bound to, then the user mapping is told.
+async fn punch_guest_memfd(context: Context<'_>) -> Result<Done, Error> {
+    let Context { vm, host, step, .. } = context;
+    let (offset, size) = (
+        number!(step, "offset", "start"),
+        number!(step, "len", "size"),
+    );
+    let bound = host.slots.iter().filter(|(_, slot)| slot.guest_memfd);
+    let bound: Vec<u64> = bound.map(|(id, _)| *id).collect();
+    let named = readable!(step.optional(&["slot", "slot_id"]));
+    let Some(slot) = named.or(bound.first().copied().filter(|_| bound.len() == 1)) else {
+        let reason = format!(
+            "{} slots have a guest_memfd, and none is named",
+            bound.len()
+        );
+        return Ok(Done::unreadable(reason));
+    };
+    let message = PunchHoleRequest {
+        vm_id: vm.vm_id,
+        slot_id: u32::try_from(slot).unwrap_or(u32::MAX),
+        offset,
+        size,
+    };
+    let answer = call!(vm.client, "PunchHole", punch_hole, message)?;
+    let effects = stimuli::play(vm, host, step, None).await?;
+    Ok(Done::of(answer).with(effects))
+}
+
+/// The file behind the memory becomes shorter: what was behind its end is gone. When it becomes
+/// longer, nobody is told, and new pages come.
+async fn truncate(context: Context<'_>) -> Result<Done, Error> {
+    let Context { vm, host, step, .. } = context;
+    let effects = stimuli::play(vm, host, step, Some(HostChange::NoAccess)).await?;
+    let back = match effects.notified.is_empty() {
+        true => std::mem::take(&mut host.truncated),
+        false => Vec::new(),
+    };
+    for &(start, end) in &back {
+        let none = HostPageSize::Unspecified;
+        let _ = vm.set_host(start, end, HostChange::ReadWrite, none).await?;
+    }
+    for &range in &effects.notified {
+        HostMemory::note(&mut host.truncated, range);
+    }
+    Ok(Done::default().with(effects))
 }
 
 async fn nx_huge_pages(context: Context<'_>) -> Result<Done, Error> {

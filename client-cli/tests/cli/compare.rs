@@ -17,7 +17,7 @@ fn compare(files: &[&str]) -> Run {
 }
 
 /// A recording from standard input.
-fn compare_text(text: &str) -> Run {
+pub(crate) fn compare_text(text: &str) -> Run {
     let mut command = mmuctl();
     command
         .args(["compare", "-", "--output", "json"])
@@ -39,7 +39,7 @@ fn compare_text(text: &str) -> Run {
     }
 }
 
-fn counts(report: &Value) -> [u64; 5] {
+pub(crate) fn counts(report: &Value) -> [u64; 5] {
     ["steps", "same", "reordered", "different", "skipped"].map(|key| report[key].as_u64().unwrap())
 }
 

@@ -6,6 +6,7 @@ mod chaos;
 mod commands;
 mod common;
 mod compare;
+mod compare_own;
 mod conformance;
 mod guest;
 mod host;
