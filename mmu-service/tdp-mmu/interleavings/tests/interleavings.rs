@@ -16,7 +16,7 @@
 //! | convert, convert | c18 | |
 //! | zap, free | a fault during the end of the VM | a zap and a fast zap, c17, NX recovery |
 //! | split, fault | | c16, an eager split |
-//! | load, unload of roots | a fast zap and faulting vCPUs | two vCPUs, a fast zap and a load |
+//! | load, unload of roots | two vCPUs, a fast zap and faulting vCPUs | two vCPUs, a fast zap and a load |
 //! | entry, zap | a vCPU that runs and a refused removal | |
 
 extern crate tdp_mmu_interleavings as tdp_mmu;
@@ -222,6 +222,26 @@ fn a_fast_zap_gives_faulting_vcpus_a_new_root() {
         assert_eq!(fault(&world.vm, 0, shared), Ok(RetPf::Fixed));
         assert_eq!(fault(&world.vm, 1, common::private(2)), Ok(RetPf::Spurious));
         other.join().unwrap();
+        world.end();
+    });
+}
+
+#[test]
+fn two_vcpus_of_a_td_load_and_put_their_roots_at_once() {
+    explore(|mode| {
+        let world = World::new(mode).mapped(1..2);
+        let other = world.spawn(|vm| {
+            vm.unload_mmu(1).unwrap();
+            vm.load_mmu(1).unwrap();
+        });
+        world.vm.unload_mmu(0).unwrap();
+        world.vm.load_mmu(0).unwrap();
+        other.join().unwrap();
+        // The mirror root is not put by an unload, and not taken twice.
+        let roots = world.vm.roots();
+        let roots: Vec<_> = roots.iter().map(|root| (root.role, root.count)).collect();
+        assert_eq!(roots, [(0x3784, 3), (0x8_3784, 3)]);
+        assert_eq!(fault(&world.vm, 1, common::private(1)), Ok(RetPf::Spurious));
         world.end();
     });
 }
