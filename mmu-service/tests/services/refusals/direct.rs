@@ -248,9 +248,10 @@ async fn work_on_the_direct_root_that_cannot_be_is_refused() {
         (
             wire::Slot {
                 guest_memfd: true,
+                log_dirty: true,
                 ..slot
             },
-            "slot.guest_memfd",
+            "slot.log_dirty",
         ),
     ] {
         let slot = Some(slot);

@@ -45,7 +45,7 @@ pub(super) const REMOVAL: [Leaf; 4] = [
 
 /// Lets threads that could go on do so; those that wait for the caller stay where they are.
 pub(super) fn let_others_run() {
-    for _ in 0..2000 {
+    for _ in 0..200 {
         thread::yield_now();
     }
 }
