@@ -191,7 +191,7 @@ pub fn request_seeds() -> Vec<(&'static str, Vec<u8>)> {
             "WriteMemory",
             &WriteMemoryRequest {
                 hpa: SHARED,
-                data: vec![7; 32].into(),
+                data: vec![7; 32],
             },
         ),
         of(
