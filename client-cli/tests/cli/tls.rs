@@ -382,7 +382,7 @@ fn a_service_that_would_be_open_does_not_start() {
     }
     let dir = tempfile::tempdir().unwrap();
     let listen = format!("unix://{}", dir.path().join("mmu.sock").display());
-    let https = ["--listen", &*listen, "--module", "https://h:1"];
+    let https = ["--listen", &listen, "--module", "https://h:1"];
     let ended = finish_service(mmuctl().arg("__mmu").args(https));
     assert!(ended.stderr.contains("--module-tls-ca"), "{}", ended.stderr);
 }

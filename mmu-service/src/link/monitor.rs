@@ -22,11 +22,20 @@ const REDIAL_PAUSE: Duration = Duration::from_millis(100);
 
 /// Runs as long as the link.
 pub(super) async fn watch(shared: Arc<Shared>) {
+    let mut told = String::new();
     loop {
         let reason = match dial(&shared).await {
-            Ok(connection) => watch_one(&shared, connection).await,
+            Ok(connection) => {
+                told.clear();
+                watch_one(&shared, connection).await
+            }
             Err(error) => error.chain(),
         };
+        if reason != told {
+            // Once, and not ten times a second.
+            tracing::warn!(reason, "the module is not reachable");
+            told.clone_from(&reason);
+        }
         shared.instances.lost(&reason);
         sleep(REDIAL_PAUSE).await;
     }
