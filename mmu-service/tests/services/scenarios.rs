@@ -107,7 +107,7 @@ async fn private_faults_make_the_calls_of_p01_to_p23() {
         }
         stack.convert(vm, 3 * PAGE, PAGE, 0).await.unwrap();
         assert_memory_fault(stack.fault(vm, 0, 3 * PAGE).await, "0x8", "P08");
-        assert_memory_fault(stack.fault(vm, 0, 2 * PAGE | SHARED).await, "0x0", "D09");
+        assert_memory_fault(stack.fault(vm, 0, SHARED | (2 * PAGE)).await, "0x0", "D09");
         let done = stack.prefault(vm, 4 * PAGE, PAGE).await.unwrap();
         assert_counts(&done.counts.unwrap(), &[(AUG, 1)], 0, 0, "P17");
         let done = stack.prefault(vm, 4 * PAGE, PAGE).await.unwrap();
