@@ -38,11 +38,11 @@ use crate::service::ModuleService;
 pub use platform::fuzz_platform;
 pub use requests::{fuzz_requests, request_seeds};
 
-/// Bounds of one input, small so that each takes microseconds. A batch stays below the size that
-/// gets a thread of its own: a fuzzer is to run in one thread.
+/// Bounds of one input, small so that each takes microseconds. A batch stays below the weight that
+/// gets a thread of its own, whatever its leaves: a fuzzer is to run in one thread.
 const LIMITS: Limits = Limits {
     max_calls: 64,
-    max_repeat: 1024,
+    max_repeat: 128,
     max_message_bytes: 1 << 20,
     replay_window: 2,
     max_sessions: 2,

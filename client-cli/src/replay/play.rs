@@ -151,6 +151,13 @@ impl Player {
         let mut lane = Lane::new(self);
         for segment in &plan.segments {
             match order {
+                // One vCPU's run at a time: its guest accepts before the next access.
+                Order::Recorded if self.accept => {
+                    for run in runs(&segment.faults) {
+                        lane.send(run).await?;
+                    }
+                    lane.drain().await?;
+                }
                 Order::Recorded => {
                     for message in messages(&segment.faults) {
                         lane.send(message).await?;
@@ -328,7 +335,7 @@ impl<'a> Lane<'a> {
         self.accept(batch).await
     }
 
-    /// Lets the guest accept what the batch mapped in the mirror root.
+    /// Lets the guest accept what a run of one vCPU mapped in the mirror root.
     async fn accept(&mut self, batch: &[PlannedFault]) -> Result<(), Error> {
         if self.guest.is_none() {
             return Ok(());
@@ -341,14 +348,14 @@ impl<'a> Lane<'a> {
         let is_mapped = |fault: &&PlannedFault| {
             fault.visibility == Visibility::Private && !unmapped.contains(&fault.gpa)
         };
-        for run in runs(batch) {
-            let Some(first) = run.first() else { continue };
-            let pages = run.iter().filter(is_mapped);
-            let pages = pages.map(|fault| fault.gpa & !(PAGE_SIZE - 1)).collect();
-            let vcpu_id = self.player.vm.vcpu_id(first.vcpu);
-            guest.accept(vcpu_id, pages).await?;
-        }
-        Ok(())
+        let Some(first) = batch.first() else {
+            return Ok(());
+        };
+        let pages = batch.iter().filter(is_mapped);
+        let pages = pages.map(|fault| fault.gpa & !(PAGE_SIZE - 1)).collect();
+        guest
+            .accept(self.player.vm.vcpu_id(first.vcpu), pages)
+            .await
     }
 
     /// Waits for all answers, those of repeated faults included.

@@ -188,7 +188,9 @@ fn speaks_of_the_request(code: Code) -> bool {
 }
 
 fn is_stream(path: &str) -> bool {
-    path.ends_with("/HandleFaults") || path.ends_with("/RunVcpu")
+    ["/HandleFaults", "/InitMemRegions", "/RunVcpu"]
+        .iter()
+        .any(|name| path.ends_with(name))
 }
 
 /// The call that takes a large slot away again.
@@ -281,6 +283,15 @@ pub fn request_seeds() -> Vec<(&'static str, Vec<u8>)> {
                 size: 8192,
                 data: vec![0xA5; 8192],
                 measure: true,
+                ..Default::default()
+            },
+        ),
+        of(
+            "InitMemRegions",
+            &wire::InitMemRegionRequest {
+                vm_id: 1,
+                gpa: 8192,
+                size: 4096,
                 ..Default::default()
             },
         ),
