@@ -79,6 +79,7 @@ fn leaves(c: &mut Criterion) {
     let extend = run_of(Leaf::MR_EXTEND, tdr, 16, [256, 0]).rcx(2 << 20);
     group.bench_function("MR.EXTEND of a page", |b| b.iter(|| must(&module, &extend)));
 
+    host.build_vcpu(tdr);
     host.must(Seamcall::new(Leaf::MR_FINALIZE).rcx(tdr));
     group.throughput(Throughput::Elements(PAGES.into()));
     group.bench_function("PAGE.AUG in a run", |b| {
