@@ -1,9 +1,10 @@
 //! `trace`: what tracing costs, off and on.
 //!
-//! Off: faults that the mirror answers, one by one through the gate as the service has it, beside
-//! the same faults without it. On: populating fault by fault through the services with a span of
-//! every message, which is more than one fault in a hundred, beside the same without. Spans are
-//! exported where `OTEL_EXPORTER_OTLP_ENDPOINT` says; without it none are made beyond the gate.
+//! Faults that the mirror answers, one by one through the gate as the service has it, closed and open
+//! for one in a hundred, beside the same faults without it. Populating fault by fault through the
+//! services with a span of every message, which is more than one fault in a hundred, beside the same
+//! without. Spans are exported where `OTEL_EXPORTER_OTLP_ENDPOINT` says; without it none are made
+//! beyond the gate.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -28,6 +29,10 @@ use crate::tally::Tally;
 const HOT_PAGES: u64 = 512;
 /// Faults of one sample on them.
 const HITS: u64 = 1 << 16;
+/// Rounds of a sample, by turns with and without the gate: what else the machine does meets both.
+const ROUNDS: u64 = 32;
+/// One in so many is traced where the gate is open.
+const EVERY: u32 = 100;
 /// When the service makes a span afterwards, by default.
 const SLOW: Duration = Duration::from_millis(10);
 
@@ -44,7 +49,7 @@ pub(super) async fn run(
             .map_err(bench_error)?;
         Ok::<_, Error>(vm)
     })?;
-    let gate = Gate::new(0, SLOW);
+    let (closed, open) = (Gate::new(0, SLOW), Gate::new(EVERY, SLOW));
     let size = plan.size(256 << 20);
     let order: Vec<u64> = (0..size / PAGE_SIZE).collect();
     let pages = order.len() as u64;
@@ -52,11 +57,8 @@ pub(super) async fn run(
     let mut traces = 0u64;
     let samples = plan
         .repeat(progress, async || {
-            let hits = tokio::task::block_in_place(|| {
-                let bare = hit(|fault| vm.handle_fault(0, fault).is_ok());
-                let gated = hit(|fault| through(&gate, &vm, fault));
-                (gated, bare)
-            });
+            let hits =
+                tokio::task::block_in_place(|| [&closed, &open].map(|gate| by_turns(&vm, gate)));
             let mut populate = async |sampled: bool| {
                 remote::with_td(client, Mode::Batched, size, true, async |vm_id| {
                     let mut traceparent = || {
@@ -79,12 +81,23 @@ pub(super) async fn run(
         .await?;
     tokio::task::block_in_place(|| vm.destroy().map_err(bench_error))?;
     let (hits, populated): (Vec<_>, Vec<_>) = samples.into_iter().unzip();
+    let (closed, open): (Vec<_>, Vec<_>) = hits
+        .into_iter()
+        .map(|[closed, open]| (closed, open))
+        .unzip();
     Ok(vec![
         Figure::new(
             ("hit through the closed gate", "hit without it"),
             HITS,
-            &hits,
-        ),
+            &closed,
+        )
+        .with("exported", telemetry::is_recording()),
+        Figure::new(
+            ("hit, one in 100 traced", "hit without the gate"),
+            HITS,
+            &open,
+        )
+        .with("exported", telemetry::is_recording()),
         Figure::new(
             (
                 "populate by faults, each message traced",
@@ -98,10 +111,22 @@ pub(super) async fn run(
     ])
 }
 
+/// Nanoseconds of a fault through the gate, and of one without it.
+fn by_turns(vm: &Vm, gate: &Gate) -> (f64, f64) {
+    let (mut gated, mut bare) = (0.0, 0.0);
+    for _ in 0..ROUNDS {
+        gated += round(|fault| through(gate, vm, fault));
+        bare += round(|fault| vm.handle_fault(0, fault).is_ok());
+    }
+    let rounds = ROUNDS as f64;
+    (gated / rounds, bare / rounds)
+}
+
 /// Nanoseconds of one fault on the hot pages.
-fn hit(mut handle: impl FnMut(Fault) -> bool) -> f64 {
+fn round(mut handle: impl FnMut(Fault) -> bool) -> f64 {
+    const FAULTS: u64 = HITS / ROUNDS;
     let (done, time) = timed(|| {
-        (0..HITS)
+        (0..FAULTS)
             .filter(|at| {
                 handle(Fault {
                     gpa: at % HOT_PAGES * PAGE_SIZE,
@@ -111,8 +136,8 @@ fn hit(mut handle: impl FnMut(Fault) -> bool) -> f64 {
             })
             .count()
     });
-    assert_eq!(black_box(done) as u64, HITS, "everything is mapped");
-    ns_per_op(time, HITS)
+    assert_eq!(black_box(done) as u64, FAULTS, "everything is mapped");
+    ns_per_op(time, FAULTS)
 }
 
 /// One fault as the service handles it for a caller that has not decided.

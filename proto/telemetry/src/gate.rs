@@ -31,11 +31,13 @@ impl Gate {
 
     /// Whether to trace an operation on `weight` faults that nobody asked to be traced. Never while
     /// spans are not exported.
+    #[inline]
     pub fn admits(&self, weight: usize) -> bool {
         crate::is_recording() && self.count(u64::try_from(weight).unwrap_or(u64::MAX))
     }
 
     /// Whether something that took this long is worth a span although it was not admitted.
+    #[inline]
     pub fn is_slow(&self, elapsed: Duration) -> bool {
         elapsed >= self.slow
     }

@@ -1,27 +1,38 @@
 //! Spans that are made when the work is over, for work that turned out to be worth one.
 //!
 //! The gate decides before anything is known. A fault that it kept out costs two looks at the
-//! clock; when it was slow, failed, or met a busy module, its span is made from them and from the
-//! report, with explicit times. Such a span says so (`kvm.trace.late`) and has no children: in the
-//! other process nobody watched. What that one answered is in its events.
+//! processor's time stamp counter, where there is one to rely on; when it was slow, failed, or met
+//! a busy module, its span is made from them and from the report, with explicit times. Such a span
+//! says so (`kvm.trace.late`) and has no children: in the other process nobody watched. What that
+//! one answered is in its events.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::LazyLock;
+use std::time::{Duration, SystemTime};
 
 use opentelemetry::trace::{
     Event, Span as _, SpanContext, SpanKind, Status, TraceContextExt as _, TraceFlags, Tracer,
     TracerProvider as _,
 };
 use opentelemetry::{Context, KeyValue, global};
+use quanta::Clock;
 
 /// Events of a late span.
 const MAX_EVENTS: usize = 64;
+
+/// Set up by the first look, which takes a millisecond and up to 200 where the counter is unsteady.
+static CLOCK: LazyLock<Clock> = LazyLock::new(Clock::new);
+
+/// Sets up the clock, so that no fault has to.
+pub(crate) fn prepare() {
+    LazyLock::force(&CLOCK);
+}
 
 /// When untraced work began, and on whose behalf.
 #[derive(Debug, Clone)]
 pub struct Untraced {
     name: &'static str,
-    started: SystemTime,
-    clock: Instant,
+    /// In units of [`CLOCK`].
+    started: u64,
     traceparent: String,
 }
 
@@ -41,23 +52,25 @@ pub struct Account {
 impl Untraced {
     /// Work that begins now; `None` while spans are not exported. `traceparent` of the caller may
     /// be empty, and need not be sampled.
+    #[inline]
     pub fn begin(name: &'static str, traceparent: &str) -> Option<Self> {
         crate::is_recording().then(|| Self::now(name, traceparent))
     }
 
+    #[inline]
     fn now(name: &'static str, traceparent: &str) -> Self {
         Self {
             name,
-            started: SystemTime::now(),
-            clock: Instant::now(),
+            started: CLOCK.raw(),
             // Read only if there is something to tell.
             traceparent: traceparent.to_owned(),
         }
     }
 
     /// How long ago.
+    #[inline]
     pub fn elapsed(&self) -> Duration {
-        self.clock.elapsed()
+        CLOCK.delta(self.started, CLOCK.raw())
     }
 
     /// Makes the span of work that ends now.
@@ -66,7 +79,9 @@ impl Untraced {
     }
 
     fn tell_with<T: Tracer>(self, tracer: &T, account: Account) {
-        let ended = self.started + self.clock.elapsed();
+        // In this order, so that the start is not before the work's.
+        let (elapsed, ended) = (self.elapsed(), SystemTime::now());
+        let started = ended.checked_sub(elapsed).unwrap_or(ended);
         let base = Context::new();
         let context = match crate::context::parse(&self.traceparent) {
             // The caller did not ask for its trace to be kept; this part of it is, under its id.
@@ -90,7 +105,7 @@ impl Untraced {
         let mut span = tracer
             .span_builder(self.name)
             .with_kind(SpanKind::Server)
-            .with_start_time(self.started)
+            .with_start_time(started)
             .with_attributes(attributes)
             .with_events(events)
             .start_with_context(tracer, &context);

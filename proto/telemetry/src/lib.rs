@@ -86,6 +86,7 @@ pub enum TelemetryError {
 static RECORDING: AtomicBool = AtomicBool::new(false);
 
 /// Whether spans leave this process: without that, nothing is traced unless a caller watches.
+#[inline]
 pub fn is_recording() -> bool {
     RECORDING.load(Ordering::Relaxed)
 }
@@ -138,6 +139,9 @@ pub fn init_with(
         }))
         .try_init()
         .map_err(TelemetryError::Twice)?;
+    if telemetry.is_exporting() {
+        late::prepare();
+    }
     RECORDING.store(telemetry.is_exporting(), Ordering::Relaxed);
     global::set_text_map_propagator(propagators(&settings));
     for ignored in &settings.ignored {
