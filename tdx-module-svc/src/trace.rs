@@ -9,8 +9,9 @@ use tracing::{Span, field};
 
 use crate::batch::Batch;
 
-/// Calls of a batch that has a span for each of them.
-const MAX_LEAF_SPANS: usize = 64;
+/// Calls of a batch that has a span for each of them. What one fault or the removal of one page needs
+/// is less; spans for every table of a range would cost more than its pages.
+const MAX_LEAF_SPANS: usize = 12;
 /// GPA bits of a Secure EPT operand.
 const GPA_MASK: u64 = ((1 << 52) - 1) & !((1 << PAGE_SHIFT) - 1);
 /// Level bits of a Secure EPT operand.
