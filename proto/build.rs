@@ -24,6 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
     // Source page contents travel in `data`: shared buffers instead of copies.
     tonic_prost_build::configure()
+        .codec_path("crate::codec::SizedCodec")
         .bytes(".tdx.module.v1.Seamcall.data")
         .extern_path(".mirror.trace.v1", "crate::trace")
         .compile_fds(descriptors)?;

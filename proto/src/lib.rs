@@ -36,6 +36,7 @@ pub mod trace {
     tonic::include_proto!("mirror.trace.v1");
 }
 
+pub mod codec;
 mod convert;
 mod refused;
 

@@ -51,6 +51,8 @@ pub use web::with_web;
 pub const STREAM_WINDOW: u32 = 2 << 20;
 /// HTTP/2 flow-control window of one connection, in bytes.
 pub const CONNECTION_WINDOW: u32 = 8 << 20;
+/// Largest HTTP/2 frame that a server takes, in bytes: contents of pages come in few of them.
+pub const MAX_FRAME: u32 = 64 << 10;
 /// Time between HTTP/2 pings, in seconds: a peer that vanished is noticed without traffic.
 pub const KEEPALIVE_S: u64 = 10;
 /// How long a ping may stay unanswered, in seconds. Generous: a peer may be hashing.

@@ -11,7 +11,7 @@ use tonic::transport::server::Router;
 use tower::{BoxError, Layer, Service};
 
 use crate::listen::{Incoming, Listener};
-use crate::{CONNECTION_WINDOW, KEEPALIVE_S, KEEPALIVE_TIMEOUT_S, STREAM_WINDOW};
+use crate::{CONNECTION_WINDOW, KEEPALIVE_S, KEEPALIVE_TIMEOUT_S, MAX_FRAME, STREAM_WINDOW};
 
 /// The server came to an end by itself.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +33,7 @@ pub fn server() -> Server {
         .accept_http1(true)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
         .http2_keepalive_interval(Some(Duration::from_secs(KEEPALIVE_S)))
         .http2_keepalive_timeout(Some(Duration::from_secs(KEEPALIVE_TIMEOUT_S)))
 }
