@@ -12,7 +12,7 @@ pub(crate) const MAX_SESSION_BYTES: usize = 64;
 /// Most host memory that one call may bring along, in bytes: one 2 MiB page.
 pub(crate) const MAX_DATA_BYTES: usize = 2 << 20;
 /// 8-byte words of a call's host memory that go into the fingerprint.
-const FINGERPRINT_WORDS: usize = 64;
+const FINGERPRINT_WORDS: usize = 16;
 
 /// Weight above which a batch is long. Those below keep a worker busy for about as long as a
 /// message takes to decode.
@@ -48,6 +48,8 @@ pub(crate) struct Batch {
     pub(crate) chain: Option<Chain>,
     /// Trace context of the sender, or empty.
     pub(crate) traceparent: String,
+    /// Whether the answer brings the spans along.
+    pub(crate) return_spans: bool,
 }
 
 /// A batch's place in a session.
@@ -75,7 +77,7 @@ impl Batch {
             traceparent,
             chain,
             acknowledged,
-            return_spans: _,
+            return_spans,
         } = request;
         if session.len() > MAX_SESSION_BYTES {
             let reason = format!("{} bytes, the limit is {MAX_SESSION_BYTES}", session.len());
@@ -132,6 +134,7 @@ impl Batch {
             runs,
             chain,
             traceparent,
+            return_spans,
         })
     }
 
@@ -207,10 +210,12 @@ fn fingerprint(stop_on_error: bool, lp: u32, chain: Option<Chain>, calls: &[Seam
             )
                 .hash(&mut hasher);
         }
-        let stride = (call.data.len() / 8 / FINGERPRINT_WORDS).max(1);
-        for word in call.data.chunks(8).step_by(stride) {
-            word.hash(&mut hasher);
+        let (words, rest) = call.data.as_chunks::<8>();
+        let stride = (words.len() / FINGERPRINT_WORDS).max(1);
+        for word in words.iter().step_by(stride) {
+            hasher.write_u64(u64::from_le_bytes(*word));
         }
+        rest.hash(&mut hasher);
     }
     hasher.finish()
 }

@@ -1,6 +1,6 @@
 //! `tdx.module.v1.TdxModuleService`: convert, run, convert.
 
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 
 use mirror_proto::InvalidField;
@@ -52,6 +52,9 @@ struct Shared {
 /// The session of a caller's last batch, and the run that it belongs to.
 type Held = Option<(Arc<Run>, String, Session)>;
 
+/// What a stream brought: a batch that may run or not, or its end.
+type Next = Result<Option<Result<Batch, InvalidField>>, Status>;
+
 impl ModuleService {
     /// Serves what is `running`; streams end when `draining` is cancelled. Calls meet `faults`.
     pub(crate) fn new(
@@ -80,7 +83,8 @@ impl ModuleService {
 
     /// One batch on its own, as `Execute` answers it.
     pub(crate) async fn answer(&self, request: ExecuteRequest) -> Result<ExecuteResponse, Status> {
-        Ok(self.shared.execute(request, Via::Unary, &mut None).await?)
+        let batch = Batch::check(request, self.shared.bounds);
+        Ok(self.shared.execute(batch, Via::Unary, &mut None).await?)
     }
 
     /// The platform and what of it is in use.
@@ -96,34 +100,36 @@ impl ModuleService {
 }
 
 impl Shared {
-    /// Checks and runs one batch. `held` is the session of the caller's last batch: a stream stays
-    /// with its session, which is looked up once and not forgotten while the stream is open.
+    /// Runs one batch that was checked. `held` is the session of the caller's last batch: a stream
+    /// stays with its session, which is looked up once and not forgotten while the stream is open.
     async fn execute(
         &self,
-        request: ExecuteRequest,
+        batch: Result<Batch, InvalidField>,
         via: Via,
         held: &mut Held,
     ) -> Result<ExecuteResponse, Refusal> {
-        let outcome = self.check_and_execute(request, via, held).await;
+        let outcome = match batch {
+            Ok(batch) => self.execute_checked(batch, via, held).await,
+            Err(error) => Err(error.into()),
+        };
         if let Err(refusal) = &outcome {
             self.metrics.refused(refusal);
         }
         outcome
     }
 
-    async fn check_and_execute(
+    async fn execute_checked(
         &self,
-        request: ExecuteRequest,
+        batch: Batch,
         via: Via,
         held: &mut Held,
     ) -> Result<ExecuteResponse, Refusal> {
         // Before the batch opens its span, so that the span is recorded even if none are exported.
-        let watch = if request.return_spans {
-            Watch::begin(&request.traceparent)
+        let watch = if batch.return_spans {
+            Watch::begin(&batch.traceparent)
         } else {
             None
         };
-        let batch = Batch::check(request, self.bounds)?;
         let run = self.running.now();
         let session = match &batch.ticket {
             None => None,
@@ -158,33 +164,59 @@ impl Shared {
     }
 
     /// Answers the batches of one stream in their order, until the caller or the service is done
-    /// or a batch is refused.
+    /// or a batch is refused. While a long one runs, the next is read and checked.
     async fn serve_stream(
         self: Arc<Self>,
         mut batches: Streaming<ExecuteRequest>,
         answers: mpsc::Sender<Result<ExecuteResponse, Status>>,
     ) {
         let mut held = None;
+        let mut ahead = None;
         loop {
             // Room for the answer first: a caller that does not read stops being served, and the
             // flow control of HTTP/2 tells it so.
             let Ok(room) = answers.reserve().await else {
                 return;
             };
-            let request = tokio::select! {
-                biased;
-                () = self.draining.cancelled() => return room.send(Err(Refusal::Draining.into())),
-                request = batches.message() => request,
-            };
-            match request {
-                Ok(Some(request)) => match self.execute(request, Via::Stream, &mut held).await {
-                    Ok(answer) => room.send(Ok(answer)),
-                    Err(refusal) => return room.send(Err(refusal.into())),
+            let next = match ahead.take() {
+                Some(_) if self.draining.is_cancelled() => {
+                    return room.send(Err(Refusal::Draining.into()));
+                }
+                Some(next) => next,
+                None => tokio::select! {
+                    biased;
+                    () = self.draining.cancelled() => {
+                        return room.send(Err(Refusal::Draining.into()));
+                    }
+                    next = self.read(&mut batches) => next,
                 },
+            };
+            let batch = match next {
+                Ok(Some(batch)) => batch,
                 Ok(None) => return,
                 Err(status) => return room.send(Err(status)),
+            };
+            let mut running = pin!(self.execute(batch, Via::Stream, &mut held));
+            let outcome = loop {
+                tokio::select! {
+                    biased;
+                    outcome = &mut running => break outcome,
+                    next = self.read(&mut batches), if ahead.is_none() => ahead = Some(next),
+                }
+            };
+            match outcome {
+                Ok(answer) => room.send(Ok(answer)),
+                Err(refusal) => return room.send(Err(refusal.into())),
             }
         }
+    }
+}
+
+impl Shared {
+    /// The next batch of a stream, checked; `None` behind the last.
+    async fn read(&self, batches: &mut Streaming<ExecuteRequest>) -> Next {
+        let request = batches.message().await?;
+        Ok(request.map(|request| Batch::check(request, self.bounds)))
     }
 }
 
