@@ -26,6 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .codec_path("crate::codec::SizedCodec")
         .bytes(".tdx.module.v1.Seamcall.data")
+        .bytes(".kvm.mmu.v1.InitMemRegionRequest.data")
         .extern_path(".mirror.trace.v1", "crate::trace")
         .compile_fds(descriptors)?;
     // Last, since the line above leaves an empty file for a package that lives elsewhere.

@@ -1,5 +1,6 @@
 //! Wire ⇄ domain. Every refusal names the field and its limit.
 
+use prost::bytes::Bytes;
 use tdx_defs::{Gpr, Gprs, Leaf, Repeat, Seamcall, SeamcallResult};
 
 use crate::module;
@@ -52,7 +53,8 @@ impl TryFrom<module::Seamcall> for Seamcall {
             r11: wire.r11,
             r12: wire.r12,
             r13: wire.r13,
-            data: wire.data.into(),
+            // Out of the message's buffer: a page that is kept must not keep what came beside it.
+            data: Bytes::copy_from_slice(&wire.data),
             repeat: wire.repeat.map(|repeat| Repeat {
                 count: repeat.count,
                 rcx_stride: repeat.rcx_stride,
@@ -76,7 +78,7 @@ pub fn seamcall_to_wire(call: Seamcall) -> module::Seamcall {
         r11: call.r11,
         r12: call.r12,
         r13: call.r13,
-        data: call.data.into(),
+        data: call.data,
         repeat: call.repeat.map(|repeat| module::Repeat {
             count: repeat.count,
             rcx_stride: repeat.rcx_stride,

@@ -3,6 +3,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use bytes::Bytes;
 use mirror_proto::mmu::{InitMemRegionRequest, Mode};
 use ring::digest::{Context, SHA384};
 use tdx_defs::PAGE_SIZE;
@@ -47,6 +48,8 @@ pub(super) async fn run(
 }
 
 async fn add(client: &Client, vm_id: u64, size: u64) -> Result<Tally, Error> {
+    // The image is in memory before it is sent.
+    let region = Bytes::from(vec![0xA5; usize::try_from(REGION).unwrap_or(0)]);
     let starts = (0..size).step_by(usize::try_from(REGION).unwrap_or(usize::MAX));
     let regions = starts.map(move |gpa| {
         let part = REGION.min(size - gpa);
@@ -54,8 +57,7 @@ async fn add(client: &Client, vm_id: u64, size: u64) -> Result<Tally, Error> {
             vm_id,
             gpa,
             size: part,
-            // At most a mebibyte.
-            data: vec![0xA5; usize::try_from(part).unwrap_or(0)],
+            data: region.slice(..usize::try_from(part).unwrap_or(0)),
             measure: true,
             ..Default::default()
         }

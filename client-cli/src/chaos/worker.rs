@@ -317,7 +317,7 @@ impl Worker {
             vcpu_id: 0,
             gpa: 0,
             size,
-            data: vec![0xC4; 4096],
+            data: vec![0xC4; 4096].into(),
             measure: true,
             ..InitMemRegionRequest::default()
         };

@@ -182,7 +182,7 @@ impl Build<'_> {
         let regions = chunks(section.memory).map(|chunk| {
             let data = part(image.contents(section), chunk.start - section.memory.start);
             InitMemRegionRequest {
-                data: data.to_vec(),
+                data: data.to_vec().into(),
                 measure: section.is_measured() && !apart,
                 ..self.region(chunk)
             }

@@ -208,7 +208,7 @@ async fn init_region(client: &Client, args: &InitRegionArgs) -> Result<Answer, E
         vcpu_id: args.vcpu,
         gpa: args.gpa,
         size,
-        data,
+        data: data.into(),
         measure: args.measure,
         ..Default::default()
     };

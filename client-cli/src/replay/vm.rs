@@ -151,7 +151,7 @@ async fn add_image(
             vcpu_id,
             gpa: section.memory.start,
             size: section.memory.size(),
-            data: image.contents(section).to_vec(),
+            data: image.contents(section).to_vec().into(),
             measure: section.is_measured(),
             ..InitMemRegionRequest::default()
         };

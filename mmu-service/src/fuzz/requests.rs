@@ -281,7 +281,7 @@ pub fn request_seeds() -> Vec<(&'static str, Vec<u8>)> {
                 vm_id: 1,
                 gpa: 0,
                 size: 8192,
-                data: vec![0xA5; 8192],
+                data: vec![0xA5; 8192].into(),
                 measure: true,
                 ..Default::default()
             },

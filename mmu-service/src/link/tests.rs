@@ -452,7 +452,7 @@ async fn a_batch_above_the_message_limit_is_not_sent() {
     let _server = fake.serve(&bench.address);
     let port = bench.link.port(&bench.attach().await);
     let mut large = batch(Via::Stream, 1);
-    large.calls[0].data = vec![0; 2 << 20];
+    large.calls[0].data = vec![0; 2 << 20].into();
     let outcome = tokio::task::spawn_blocking(move || port.submit(large).wait())
         .await
         .unwrap();

@@ -335,7 +335,6 @@ macro_rules! costs {
 
 costs! {
     Counts: this => Some(this);
-    (Counts, u64): this => Some(&this.0);
     (u32, Counts): this => Some(&this.1);
     (Vec<u64>, Counts): this => Some(&this.1);
     u32: _this => None;
@@ -351,6 +350,12 @@ costs! {
 }
 
 /// What a vCPU ran, beside whatever else the operation hands back.
+impl<T> Costs for (Counts, T) {
+    fn costs(&self) -> Option<&Counts> {
+        Some(&self.0)
+    }
+}
+
 impl<T> Costs for (Result<tdp_mmu::RunReport, tdp_mmu::VmError>, T) {
     fn costs(&self) -> Option<&Counts> {
         self.0.as_ref().ok().map(|report| &report.counts)

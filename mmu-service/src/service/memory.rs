@@ -1,10 +1,9 @@
-//! What the VM's memory is: slots, attributes, the initial image, holes and the host's notifier.
+//! What the VM's memory is: slots, attributes, holes and the host's notifier.
 
 use std::sync::Arc;
 
-use mirror_proto::{InvalidField, mmu as wire};
-use tdp_mmu::{Counts, InitRegion, Measure};
-use tonic::{Status, Streaming};
+use mirror_proto::mmu as wire;
+use tonic::Status;
 use tracing::info_span;
 
 use crate::convert::{counts_to_wire, required, slot_from_wire};
@@ -58,86 +57,6 @@ pub(crate) async fn set_memory_attributes(
     Ok(wire::SetMemoryAttributesResponse {
         counts: Some(counts_to_wire(&counts)),
     })
-}
-
-pub(super) async fn init_mem_region(
-    shell: &Arc<Shell>,
-    request: wire::InitMemRegionRequest,
-) -> Result<wire::InitMemRegionResponse, Status> {
-    let size = request.size;
-    let counts = add_region(shell, request).await?;
-    Ok(wire::InitMemRegionResponse {
-        counts: Some(counts_to_wire(&counts)),
-        done: size,
-    })
-}
-
-/// One region at a time, and one more read ahead.
-pub(super) async fn init_mem_regions(
-    shell: &Arc<Shell>,
-    mut requests: Streaming<wire::InitMemRegionRequest>,
-) -> Result<wire::InitMemRegionResponse, Status> {
-    let mut counts = Counts::default();
-    let mut done = 0u64;
-    let mut next = requests.message().await?;
-    while let Some(request) = next {
-        let size = request.size;
-        let (added, ahead) = tokio::join!(add_region(shell, request), requests.message());
-        counts += &added?;
-        done = done.saturating_add(size);
-        next = ahead?;
-    }
-    Ok(wire::InitMemRegionResponse {
-        counts: Some(counts_to_wire(&counts)),
-        done,
-    })
-}
-
-async fn add_region(
-    shell: &Arc<Shell>,
-    request: wire::InitMemRegionRequest,
-) -> Result<Counts, Status> {
-    let wire::InitMemRegionRequest {
-        vm_id,
-        vcpu_id,
-        gpa,
-        size,
-        data,
-        measure,
-        extend_only,
-        hw_error,
-    } = request;
-    tdp_mmu::check_hw_error(hw_error).map_err(|error| status::of_vm(&error))?;
-    if u64::try_from(data.len()).is_ok_and(|given| given > size) {
-        let reason = format!("{} bytes of contents, the region has {size}", data.len());
-        return Err(status::of_field(InvalidField::new("data", reason)));
-    }
-    let measure = match (extend_only, measure) {
-        (true, _) => Measure::ExtendOnly,
-        (false, true) => Measure::Extend,
-        (false, false) => Measure::No,
-    };
-    let entry = shell.live_vm(vm_id)?;
-    let span = info_span!(
-        "init_mem_region",
-        kvm.vm = vm_id,
-        kvm.vcpu = vcpu_id,
-        kvm.gpa = gpa,
-        kvm.size = size
-    );
-    shell
-        .operate(&entry, span, move |vm| {
-            vm.init_mem_region(
-                vcpu_id,
-                InitRegion {
-                    gpa,
-                    size,
-                    data: &data,
-                    measure,
-                },
-            )
-        })
-        .await
 }
 
 pub(super) async fn punch_hole(

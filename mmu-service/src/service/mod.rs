@@ -3,6 +3,7 @@
 
 mod events;
 pub(crate) mod faults;
+mod image;
 mod lifecycle;
 pub(crate) mod look;
 pub(crate) mod memory;
@@ -71,7 +72,7 @@ macro_rules! mmu_service {
                 &self,
                 request: Request<Streaming<wire::InitMemRegionRequest>>,
             ) -> Result<Response<wire::InitMemRegionResponse>, Status> {
-                self.answered(memory::init_mem_regions(&self.0, request.into_inner()).await)
+                self.answered(image::init_mem_regions(&self.0, request.into_inner()).await)
             }
 
             type HandleFaultsStream = Answers<wire::HandleFaultsResponse>;
@@ -142,7 +143,7 @@ mmu_service! {
     finalize_vm: FinalizeVmRequest => FinalizeVmResponse, lifecycle;
     set_user_memory_region: SetUserMemoryRegionRequest => SetUserMemoryRegionResponse, memory;
     set_memory_attributes: SetMemoryAttributesRequest => SetMemoryAttributesResponse, memory;
-    init_mem_region: InitMemRegionRequest => InitMemRegionResponse, memory;
+    init_mem_region: InitMemRegionRequest => InitMemRegionResponse, image;
     punch_hole: PunchHoleRequest => PunchHoleResponse, memory;
     unmap_hva: UnmapHvaRequest => UnmapHvaResponse, memory;
     get_walk: GetWalkRequest => GetWalkResponse, look;

@@ -150,7 +150,7 @@ fn check_image(mode: Mode, gpaw: Gpaw, range: &Range<u64>, measure: Measure) {
     let region = InitRegion {
         gpa,
         size,
-        data: &[],
+        data: Default::default(),
         measure,
     };
     let built = vm.init_mem_region(0, region).unwrap().seamcalls;

@@ -4,6 +4,10 @@
 
 mod common;
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
+
+use bytes::Bytes;
 use common::port::{Effect, Rule};
 use common::state::{self, check_invariants};
 use common::{Rig, gmem_slot};
@@ -35,7 +39,7 @@ fn add(vm: &Vm) -> Result<(), VmError> {
         InitRegion {
             gpa: FRAMES.start * PAGE,
             size,
-            data: &data,
+            data: data.into(),
             measure: Measure::Extend,
         },
     )
@@ -139,5 +143,157 @@ fn a_chain_sends_ahead_and_needs_no_message_more() {
     let vm = started(&rig, Mode::Batched);
     add(&vm).unwrap();
     assert_eq!(rig.port.take_batches(), alone);
+    state::destroy(&vm, &rig);
+}
+
+/// Regions that cover all frames: parts of a message, whole ones, several.
+fn regions(measure: Measure) -> VecDeque<InitRegion> {
+    let size = (FRAMES.end - FRAMES.start) * PAGE;
+    let data: Vec<u8> = (0..size).map(|at| (at % 251) as u8).collect();
+    let data = Bytes::from(data);
+    let mut start = 0;
+    let pages = [64, 1, 130, FRAMES.end - FRAMES.start - 195];
+    let region = |pages| {
+        let at = [start, start + pages * PAGE].map(|at| usize::try_from(at).unwrap());
+        let gpa = FRAMES.start * PAGE + start;
+        start += pages * PAGE;
+        InitRegion {
+            gpa,
+            size: pages * PAGE,
+            data: data.slice(at[0]..at[1]),
+            measure,
+        }
+    };
+    pages.map(region).into()
+}
+
+#[test]
+fn regions_behind_each_other_are_measured_as_one_whenever_they_are_at_hand() {
+    let (calls, mrtd) = expected();
+    let busy = Effect::Answer(CompletionStatus::OPERAND_BUSY);
+    type AtHand = fn(usize) -> bool;
+    let late: [(&str, AtHand, _); 3] = [
+        ("all at once", |_| true, 1..=1),
+        ("each second time", |asked| asked % 2 == 0, 1..=4),
+        ("never", |_| false, 4..=4),
+    ];
+    for mode in [Mode::Kernel, Mode::Batched] {
+        for (case, at_hand, expected) in late.clone() {
+            for skip in [
+                None,
+                Some(0),
+                Some(63),
+                Some(64),
+                Some(65),
+                Some(194),
+                Some(195),
+            ] {
+                let rig = Rig::new();
+                rig.port.take_chains();
+                let vm = started(&rig, mode);
+                if let Some(skip) = skip {
+                    rig.port.inject(Rule {
+                        skip,
+                        ..Rule::next(Leaf::MEM_PAGE_ADD, busy)
+                    });
+                }
+                let queue = RefCell::new(regions(Measure::Extend));
+                let mut asked = 0;
+                let mut calls_made = 0;
+                let next = || queue.borrow_mut().pop_front();
+                while let Some(first) = next() {
+                    calls_made += 1;
+                    vm.init_mem_regions(0, first, &mut |measure| {
+                        assert_eq!(measure, Measure::Extend);
+                        asked += 1;
+                        if at_hand(asked) { next() } else { None }
+                    })
+                    .unwrap();
+                }
+                assert!(expected.contains(&calls_made), "{case}: {calls_made}");
+                assert_eq!(measured(&rig), calls, "{mode:?}, {case}, {skip:?}");
+                check_invariants(&vm, &rig);
+                assert_eq!(vm.finalize().unwrap().0, mrtd, "{mode:?}, {case}, {skip:?}");
+                state::destroy(&vm, &rig);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_region_that_cannot_be_ends_the_call_and_those_before_it_are_added() {
+    type Harm = fn(&mut InitRegion);
+    let broken: [(&str, Harm); 4] = [
+        ("gpa", |region| region.gpa += 1),
+        ("data", |region| region.size = PAGE),
+        ("gpa", |region| region.gpa = 0),
+        ("measure", |region| region.measure = Measure::No),
+    ];
+    for (field, harm) in broken {
+        let rig = Rig::new();
+        rig.port.take_chains();
+        let vm = started(&rig, Mode::Batched);
+        let mut queue = regions(Measure::Extend);
+        harm(&mut queue[2]);
+        let first = queue.pop_front().unwrap();
+        let refusal = vm.init_mem_regions(0, first, &mut |_| queue.pop_front());
+        let refusal = refusal.unwrap_err().to_string();
+        assert!(refusal.contains(field), "{field}: {refusal}");
+        assert_eq!(queue.len(), 1, "nothing is taken behind it");
+        let added = measured(&rig)
+            .iter()
+            .filter(|(leaf, _)| *leaf == Leaf::MEM_PAGE_ADD)
+            .count();
+        assert_eq!(added, 65, "{field}");
+        check_invariants(&vm, &rig);
+        state::destroy(&vm, &rig);
+    }
+}
+
+#[test]
+fn extending_takes_the_regions_behind_the_first_too() {
+    let add_then_extend = |rig: &Rig| {
+        let vm = started(rig, Mode::Batched);
+        for measure in [Measure::No, Measure::ExtendOnly] {
+            let mut queue = regions(measure);
+            let first = queue.pop_front().unwrap();
+            vm.init_mem_regions(0, first, &mut |_| queue.pop_front())
+                .unwrap();
+            assert!(queue.is_empty());
+        }
+        vm
+    };
+    let rig = Rig::new();
+    let vm = add_then_extend(&rig);
+    let extended = measured(&rig)
+        .into_iter()
+        .filter(|(leaf, _)| *leaf == Leaf::MR_EXTEND);
+    let chunks = FRAMES.flat_map(|gfn| (0..16).map(move |chunk| gfn * PAGE + chunk * 256));
+    assert!(extended.map(|(_, gpa)| gpa).eq(chunks));
+    state::destroy(&vm, &rig);
+}
+
+#[test]
+fn the_locks_are_given_up_after_sixteen_mebibytes() {
+    const PAGES: u64 = 4096;
+    let rig = Rig::new();
+    let vm = rig.create(Mode::Batched, Gpaw::W48).unwrap();
+    vm.add_vcpu().unwrap();
+    vm.set_user_memory_region(gmem_slot(0, 0, 2 * PAGES))
+        .unwrap();
+    vm.set_memory_attributes(0, 2 * PAGES * PAGE, 8).unwrap();
+    let region = |page: u64, pages: u64| InitRegion {
+        gpa: page * PAGE,
+        size: pages * PAGE,
+        data: Bytes::new(),
+        measure: Measure::No,
+    };
+    let mut at = PAGES - 1;
+    vm.init_mem_regions(0, region(0, at), &mut |_| {
+        at += 1;
+        Some(region(at - 1, 1))
+    })
+    .unwrap();
+    assert_eq!(at, PAGES);
     state::destroy(&vm, &rig);
 }

@@ -22,7 +22,7 @@ fn live(vm: &Vm) -> Result<(), VmError> {
         let region = InitRegion {
             gpa: first * PAGE,
             size: 2 * PAGE,
-            data: &[7; 100],
+            data: vec![7; 100].into(),
             measure,
         };
         vm.init_mem_region(0, region)?;

@@ -79,7 +79,7 @@ async fn messages_above_the_limit_are_refused() {
     let request = wire::InitMemRegionRequest {
         vm_id,
         size: MIB,
-        data: vec![7; 1 << 20],
+        data: vec![7; 1 << 20].into(),
         ..Default::default()
     };
     let status = stack.client.init_mem_region(request).await.unwrap_err();

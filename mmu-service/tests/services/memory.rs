@@ -221,7 +221,7 @@ async fn the_initial_image_is_measured_as_the_module_does_it() {
                 let request = wire::InitMemRegionRequest {
                     vm_id,
                     size,
-                    data,
+                    data: data.into(),
                     measure,
                     ..Default::default()
                 };

@@ -231,7 +231,7 @@ async fn an_initial_image_that_cannot_be_is_refused() {
         check_range(&mut table, &format!("image, {case}"), outcome).await;
     }
     let request = wire::InitMemRegionRequest {
-        data: vec![0; 4097],
+        data: vec![0; 4097].into(),
         ..good.clone()
     };
     check!(

@@ -280,7 +280,7 @@ impl Cut {
         let build = |measure| wire::InitMemRegionRequest {
             vm_id,
             size: 128 * PAGE,
-            data: vec![3; 5000],
+            data: vec![3; 5000].into(),
             measure,
             ..Default::default()
         };

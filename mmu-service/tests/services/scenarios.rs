@@ -198,7 +198,7 @@ async fn an_image_and_the_end_make_the_calls_of_i09_i16_and_t01() {
             vcpu_id: 0,
             gpa,
             size: PAGE,
-            data: vec![7; 64],
+            data: vec![7; 64].into(),
             measure,
             ..Default::default()
         };

@@ -2,6 +2,8 @@
 //!
 //! Source: TDX module ABI; Linux, arch/x86/include/asm/tdx.h, `struct tdx_module_args`.
 
+use bytes::Bytes;
+
 use crate::{CompletionStatus, Leaf};
 
 /// Input of one TDH leaf function, or of a run of them.
@@ -30,8 +32,9 @@ pub struct Seamcall {
     pub r12: u64,
     /// R13.
     pub r13: u64,
-    /// Host memory behind the leaf's memory operand, as if written just before the call.
-    pub data: Vec<u8>,
+    /// Host memory behind the leaf's memory operand, as if written just before the call. The module
+    /// may keep a page of it as long as the TD keeps the page.
+    pub data: Bytes,
     /// Runs the leaf more than once.
     pub repeat: Option<Repeat>,
 }
@@ -97,8 +100,11 @@ impl Seamcall {
 
     /// Sets the host memory behind the memory operand.
     #[must_use]
-    pub fn data(self, data: Vec<u8>) -> Self {
-        Self { data, ..self }
+    pub fn data(self, data: impl Into<Bytes>) -> Self {
+        Self {
+            data: data.into(),
+            ..self
+        }
     }
 
     /// Makes it a run.

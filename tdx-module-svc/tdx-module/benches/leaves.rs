@@ -69,7 +69,7 @@ fn leaves(c: &mut Criterion) {
     // Added at 2 MiB and on, for what needs contents.
     host.link(tdr, 2 << 20);
     let source = Seamcall {
-        data: vec![7; 4096],
+        data: vec![7; 4096].into(),
         ..Seamcall::new(Leaf::MEM_PAGE_ADD)
     };
     host.must(source.rcx(2 << 20).rdx(tdr).r8(9 * GIB).r9(0x10_0000));

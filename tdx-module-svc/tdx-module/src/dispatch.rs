@@ -5,10 +5,12 @@
 use std::cell::OnceCell;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tdx_defs::{CompletionStatus, Gpr, Gprs, Leaf, OperandId, PAGE_SIZE, Seamcall, SeamcallResult};
 
 use crate::guest::Entry;
 use crate::leaves;
+use crate::memory::PAGE;
 use crate::td::Td;
 use crate::{LpId, Module};
 
@@ -383,7 +385,7 @@ fn write_operand(module: &Module, call: &Seamcall, regs: &Regs, run: u32) {
     }
     let (at, unit) = match call.leaf {
         Leaf::MNG_INIT => (regs.rdx, tdx_defs::TD_PARAMS_SIZE),
-        Leaf::MEM_PAGE_ADD => (regs.r9, crate::memory::PAGE),
+        Leaf::MEM_PAGE_ADD => (regs.r9, PAGE),
         _ => return,
     };
     let Some(hpa) = module.host_address(at) else {
@@ -391,9 +393,19 @@ fn write_operand(module: &Module, call: &Seamcall, regs: &Regs, run: u32) {
     };
     let a_page_each = call.data.len() as u64 == u64::from(call.count()) * PAGE_SIZE;
     if call.leaf == Leaf::MEM_PAGE_ADD && a_page_each {
-        let mut pages = call.data.chunks_exact(unit);
-        if let Some(page) = usize::try_from(run).ok().and_then(|run| pages.nth(run)) {
-            module.write_host_memory(hpa, page);
+        let page = match call.data.len() {
+            PAGE => Some(call.data.clone()),
+            // A copy, so that no page keeps all of them.
+            _ => {
+                let mut pages = call.data.chunks_exact(PAGE);
+                let page = usize::try_from(run).ok().and_then(|run| pages.nth(run));
+                page.map(Bytes::copy_from_slice)
+            }
+        };
+        match page {
+            Some(page) if hpa.get().is_multiple_of(PAGE_SIZE) => module.write_host_page(hpa, page),
+            Some(page) => module.write_host_memory(hpa, &page),
+            None => {}
         }
     } else if run == 0 {
         module.write_host_memory(hpa, &call.data);

@@ -6,11 +6,12 @@
 //! Model: integrity is kept by the 4 KiB page, not by the cache line. A line that the module
 //! writes as a whole, when a page is accepted or added, is good again; so is the page here.
 
+use bytes::Bytes;
 use tdx_defs::{Hpa, PageType};
 
 use crate::Module;
 use crate::locks::LockMode;
-use crate::memory::{PAGE, offset_in_page};
+use crate::memory::{Contents, PAGE, offset_in_page};
 use crate::pamt::{PageSize, PamtEntry};
 
 /// What the host reads of a private page, byte by byte.
@@ -47,6 +48,14 @@ impl Module {
         }
     }
 
+    /// The host writes a page as a whole: the page at `hpa`, and [`PAGE`] bytes.
+    pub(crate) fn write_host_page(&self, hpa: Hpa, page: Bytes) {
+        match self.pamt.used_page(hpa) {
+            Some((entry, size)) => self.spoil(hpa, entry, size),
+            None => self.host.write_page(hpa.frame(), page),
+        }
+    }
+
     /// The host reads physical memory: what it wrote itself, zero where it wrote nothing, and
     /// [`PRIVATE_PATTERN`] from every page that belongs to a TD.
     pub fn read_host_memory(&self, hpa: Hpa, len: usize) -> Vec<u8> {
@@ -71,7 +80,15 @@ impl Module {
         self.pamt.used_page(hpa).is_some()
     }
 
-    /// Reads bytes that lie in one page, as the host or the module on its behalf.
+    /// What a page holds for the host, or for the module on its behalf: `None` where all is zero.
+    pub(crate) fn host_page(&self, page: Hpa) -> Option<Contents> {
+        if self.pamt.used_page(page).is_some() {
+            return Some(Contents::Own(Box::new([PRIVATE_PATTERN; PAGE])));
+        }
+        self.host.page(page.frame())
+    }
+
+    /// Reads bytes that lie in one page, as the host.
     pub(crate) fn read_host_page(&self, hpa: Hpa, bytes: &mut [u8]) {
         if self.pamt.used_page(hpa).is_some() {
             bytes.fill(PRIVATE_PATTERN);

@@ -1,5 +1,6 @@
 //! Contents of simulated memory: what the host wrote for the module to read, and what private
-//! pages hold. Pages that nobody wrote read as zero and take no room.
+//! pages hold. Pages that nobody wrote read as zero and take no room. A page that came with a call
+//! is not copied on its way into a TD; who writes to it first takes a copy.
 //!
 //! Source: the memory operands of TDH.MNG.INIT and TDH.MEM.PAGE.ADD; sections on page contents of
 //! TDH.MEM.PAGE.ADD, RELOCATE, MR.EXTEND, MEM.RD and MEM.WR.
@@ -11,6 +12,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use tdx_defs::{Hpa, PAGE_SIZE, Pfn};
 
 use crate::Module;
@@ -31,6 +33,53 @@ pub(crate) fn offset_in_page(hpa: u64) -> usize {
     (hpa & (PAGE_SIZE - 1)) as usize
 }
 
+/// What a page holds.
+#[derive(Debug, Clone)]
+pub(crate) enum Contents {
+    /// As it came with a call, of [`PAGE`] bytes; others may hold the same.
+    Shared(Bytes),
+    Own(Box<Page>),
+}
+
+impl Contents {
+    /// A page of zeros.
+    fn zero() -> Self {
+        Self::Own(Box::new([0; PAGE]))
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Shared(bytes) => bytes,
+            Self::Own(page) => &page[..],
+        }
+    }
+
+    fn is_zero(&self) -> bool {
+        self.bytes().iter().all(|byte| *byte == 0)
+    }
+
+    /// Bytes from `offset` on; `None` if they leave the page.
+    fn read(&self, offset: usize, bytes: &mut [u8]) -> Option<()> {
+        let stored = self.bytes().get(offset..offset + bytes.len())?;
+        bytes.copy_from_slice(stored);
+        Some(())
+    }
+
+    fn write(&mut self, offset: usize, bytes: &[u8]) {
+        if let Self::Shared(shared) = self {
+            let mut page = Box::new([0; PAGE]);
+            let length = shared.len().min(PAGE);
+            page[..length].copy_from_slice(&shared[..length]);
+            *self = Self::Own(page);
+        }
+        if let Self::Own(page) = self
+            && let Some(target) = page.get_mut(offset..offset + bytes.len())
+        {
+            target.copy_from_slice(bytes);
+        }
+    }
+}
+
 // Poisoned maps are whole: every change of one is a single insertion or removal.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -49,26 +98,21 @@ struct HostPages {
 }
 
 impl HostPages {
-    fn page_mut(&mut self, frame: Pfn) -> &mut Page {
+    fn page_mut(&mut self, frame: Pfn) -> &mut Contents {
         if !self.by_frame.contains_key(&frame) {
-            let spare = self.make_room();
-            let mut page = spare.unwrap_or_else(|| Box::new([0; PAGE]));
-            page.fill(0);
-            self.by_frame.insert(frame, page);
+            self.make_room();
             self.oldest_first.push_back(frame);
         }
-        self.by_frame
-            .entry(frame)
-            .or_insert_with(|| Box::new([0; PAGE]))
+        self.by_frame.entry(frame).or_insert_with(Contents::zero)
     }
 
     /// Forgets the oldest page when there are too many.
-    fn make_room(&mut self) -> Option<Box<Page>> {
-        if self.by_frame.len() < HOST_PAGES {
-            return None;
+    fn make_room(&mut self) {
+        if self.by_frame.len() >= HOST_PAGES
+            && let Some(oldest) = self.oldest_first.pop_front()
+        {
+            self.by_frame.remove(&oldest);
         }
-        let oldest = self.oldest_first.pop_front()?;
-        self.by_frame.remove(&oldest)
     }
 }
 
@@ -83,10 +127,23 @@ impl HostMemory {
             // Zeros to a page that is not there change nothing.
             let frame = Hpa::new(at).frame();
             if pages.by_frame.contains_key(&frame) || now.iter().any(|byte| *byte != 0) {
-                pages.page_mut(frame)[offset..offset + now.len()].copy_from_slice(now);
+                pages.page_mut(frame).write(offset, now);
             }
             bytes = later;
             at = at.wrapping_add(now.len() as u64);
+        }
+    }
+
+    /// Writes a page as a whole: [`PAGE`] bytes.
+    pub(crate) fn write_page(&self, frame: Pfn, page: Bytes) {
+        let page = Contents::Shared(page);
+        let mut pages = lock(&self.pages);
+        if let Some(stored) = pages.by_frame.get_mut(&frame) {
+            *stored = page;
+        } else if !page.is_zero() {
+            pages.make_room();
+            pages.oldest_first.push_back(frame);
+            pages.by_frame.insert(frame, page);
         }
     }
 
@@ -94,18 +151,19 @@ impl HostMemory {
     pub(crate) fn read(&self, hpa: Hpa, bytes: &mut [u8]) {
         let offset = offset_in_page(hpa.get());
         let pages = lock(&self.pages);
-        match pages
-            .by_frame
-            .get(&hpa.frame())
-            .and_then(|p| p.get(offset..offset + bytes.len()))
-        {
-            Some(stored) => bytes.copy_from_slice(stored),
-            None => bytes.fill(0),
+        let stored = pages.by_frame.get(&hpa.frame());
+        if stored.and_then(|page| page.read(offset, bytes)).is_none() {
+            bytes.fill(0);
         }
+    }
+
+    /// What a page holds, unless nobody wrote it.
+    pub(crate) fn page(&self, frame: Pfn) -> Option<Contents> {
+        lock(&self.pages).by_frame.get(&frame).cloned()
     }
 }
 
-type Pages = HashMap<Pfn, Box<Page>>;
+type Pages = HashMap<Pfn, Contents>;
 
 /// Whether private memory is what its TD wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,7 +177,7 @@ pub(crate) enum Integrity {
 /// What is stored of a private page.
 #[derive(Debug)]
 pub(crate) enum Stored {
-    Content(Box<Page>),
+    Content(Contents),
     Poisoned,
 }
 
@@ -146,8 +204,8 @@ impl PrivateMemory {
     }
 
     /// Fills a page. Answers whether it has to be stored, that is, is not all zero.
-    pub(crate) fn fill(&self, frame: Pfn, page: Box<Page>) -> bool {
-        let stored = page.iter().any(|byte| *byte != 0);
+    pub(crate) fn fill(&self, frame: Pfn, page: Contents) -> bool {
+        let stored = !page.is_zero();
         if stored {
             self.shard(frame).insert(frame, Stored::Content(page));
         }
@@ -172,21 +230,24 @@ impl PrivateMemory {
     /// Reads bytes that lie in one page.
     pub(crate) fn read(&self, hpa: Hpa, bytes: &mut [u8]) -> Integrity {
         let offset = offset_in_page(hpa.get());
-        let stored = match self.shard(hpa.frame()).get(&hpa.frame()) {
+        let read = match self.shard(hpa.frame()).get(&hpa.frame()) {
             Some(Stored::Poisoned) => return Integrity::Poisoned,
-            Some(Stored::Content(page)) => match page.get(offset..offset + bytes.len()) {
-                Some(stored) => {
-                    bytes.copy_from_slice(stored);
-                    true
-                }
-                None => false,
-            },
-            None => false,
+            Some(Stored::Content(page)) => page.read(offset, bytes),
+            None => None,
         };
-        if !stored {
+        if read.is_none() {
             bytes.fill(0);
         }
         Integrity::Good
+    }
+
+    /// What a page holds: `None` where all of it is zero.
+    pub(crate) fn page(&self, frame: Pfn) -> (Integrity, Option<Contents>) {
+        match self.shard(frame).get(&frame) {
+            Some(Stored::Poisoned) => (Integrity::Poisoned, None),
+            Some(Stored::Content(page)) => (Integrity::Good, Some(page.clone())),
+            None => (Integrity::Good, None),
+        }
     }
 
     /// Writes bytes that lie in one page.
@@ -195,13 +256,11 @@ impl PrivateMemory {
         let mut shard = self.shard(hpa.frame());
         let stored = shard
             .entry(hpa.frame())
-            .or_insert_with(|| Stored::Content(Box::new([0; PAGE])));
+            .or_insert_with(|| Stored::Content(Contents::zero()));
         match stored {
             Stored::Poisoned => Integrity::Poisoned,
             Stored::Content(page) => {
-                if let Some(target) = page.get_mut(offset..offset + bytes.len()) {
-                    target.copy_from_slice(bytes);
-                }
+                page.write(offset, bytes);
                 Integrity::Good
             }
         }
@@ -243,6 +302,25 @@ mod tests {
     }
 
     #[test]
+    fn a_page_written_as_a_whole_takes_the_place_of_what_was_there() {
+        let memory = HostMemory::default();
+        let page = |byte| Bytes::from(vec![byte; PAGE]);
+        memory.write_page(Pfn::new(1), page(0));
+        assert!(memory.page(Pfn::new(1)).is_none(), "zeros take no room");
+        memory.write(Hpa::new(0x1001), &[1]);
+        memory.write_page(Pfn::new(1), page(7));
+        memory.write(Hpa::new(0x1002), &[2]);
+        assert_eq!([0x1001, 0x1002].map(|at| byte(&memory, at)), [7, 2]);
+        memory.write_page(Pfn::new(1), page(0));
+        assert_eq!(byte(&memory, 0x1001), 0);
+        for frame in 2..=1 + HOST_PAGES as u64 {
+            memory.write_page(Pfn::new(frame), page(7));
+        }
+        assert!(memory.page(Pfn::new(1)).is_none(), "the oldest made room");
+        assert_eq!(lock(&memory.pages).by_frame.len(), HOST_PAGES);
+    }
+
+    #[test]
     fn host_memory_forgets_the_oldest_page_when_it_is_full() {
         let memory = HostMemory::default();
         for page in 0..=HOST_PAGES as u64 {
@@ -255,12 +333,14 @@ mod tests {
     #[test]
     fn a_private_page_of_zeros_takes_no_room() {
         let memory = PrivateMemory::default();
-        assert!(!memory.fill(Pfn::new(1), Box::new([0; PAGE])));
-        assert!(memory.fill(Pfn::new(1), Box::new([5; PAGE])));
+        assert!(!memory.fill(Pfn::new(1), Contents::zero()));
+        let page = Bytes::from(vec![5; PAGE]);
+        assert!(memory.fill(Pfn::new(1), Contents::Shared(page.clone())));
         assert_eq!(memory.write(Hpa::new(0x1008), &[6]), Integrity::Good);
         let mut bytes = [0; 2];
         assert_eq!(memory.read(Hpa::new(0x1007), &mut bytes), Integrity::Good);
         assert_eq!(bytes, [5, 6]);
+        assert!(page.iter().all(|byte| *byte == 5), "a copy was written");
         assert!(memory.take(Pfn::new(1)).is_some());
         assert!(memory.take(Pfn::new(1)).is_none());
     }

@@ -42,7 +42,7 @@ fn a_td_is_built_run_down_and_leaves_nothing_behind() {
         let page = host.page();
         let add = Seamcall {
             r9: 0x20_0000,
-            data: vec![7; 4096],
+            data: vec![7; 4096].into(),
             ..Seamcall::default()
         };
         host.must(Seamcall {

@@ -55,7 +55,7 @@ impl Start {
                 .rcx(MAPPED + page * PAGE)
                 .rdx(tdr);
             let source = Seamcall {
-                data: vec![7; 4096],
+                data: vec![7; 4096].into(),
                 ..add
             };
             host.must(source.r8(POOL + LARGE + page * PAGE).r9(0x10_0000));

@@ -135,7 +135,7 @@ fn a_finished_measurement_takes_nothing_more() {
     let add = Seamcall::new(Leaf::MEM_PAGE_ADD).rdx(tdr).r8(page);
     let add = Seamcall {
         r9: source,
-        data: vec![7; 4096],
+        data: vec![7; 4096].into(),
         ..add
     };
     refused(&host, add, Status::OP_STATE_INCORRECT);

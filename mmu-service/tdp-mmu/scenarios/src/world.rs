@@ -338,7 +338,7 @@ impl World {
                     InitRegion {
                         gpa,
                         size,
-                        data: &[7; 64],
+                        data: vec![7; 64].into(),
                         measure,
                     },
                 )

@@ -3,6 +3,7 @@
 //! Source: arch/x86/virt/vmx/tdx/tdx.c, the `tdh_*()` wrappers. A Secure EPT operand is
 //! GPA bits 51:12 with the TDX level in bits 2:0.
 
+use bytes::Bytes;
 use tdx_defs::{Gfn, Leaf, Level, PAGE_SIZE, Pfn, Seamcall};
 
 /// Bytes that one TDH.MR.EXTEND measures.
@@ -23,7 +24,7 @@ pub(crate) struct Step {
     pub(crate) rdx: u64,
     pub(crate) r8: u64,
     pub(crate) r9: u64,
-    pub(crate) data: Option<Box<[u8]>>,
+    pub(crate) data: Option<Bytes>,
 }
 
 impl Step {
@@ -54,7 +55,7 @@ impl Step {
             rdx: self.rdx,
             r8: self.r8,
             r9: self.r9,
-            data: self.data.map(Vec::from).unwrap_or_default(),
+            data: self.data.unwrap_or_default(),
             ..Seamcall::new(self.leaf)
         }
     }
@@ -81,7 +82,7 @@ pub(crate) fn mng_addcx(tdr: Pfn, page: Pfn) -> Step {
 }
 
 pub(crate) fn mng_init(tdr: Pfn, params_page: Pfn, params: &[u8]) -> Step {
-    let data = Some(params.into());
+    let data = Some(Bytes::copy_from_slice(params));
     Step {
         data,
         ..Step::new(Leaf::MNG_INIT, hpa(tdr), hpa(params_page))
@@ -145,12 +146,12 @@ pub(crate) fn mem_page_aug(tdr: Pfn, gfn: Gfn, page: Pfn) -> Step {
     }
 }
 
-pub(crate) fn mem_page_add(tdr: Pfn, gfn: Gfn, page: Pfn, source: Pfn, data: &[u8]) -> Step {
+pub(crate) fn mem_page_add(tdr: Pfn, gfn: Gfn, page: Pfn, source: Pfn, data: Bytes) -> Step {
     let step = Step::new(Leaf::MEM_PAGE_ADD, sept(gfn, Level::L4K), hpa(tdr));
     Step {
         r8: hpa(page),
         r9: hpa(source),
-        data: Some(data.into()),
+        data: Some(data),
         ..step
     }
 }

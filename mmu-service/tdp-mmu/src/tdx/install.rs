@@ -8,6 +8,7 @@
 //! prefix that was confirmed. Busy means that the fault starts over; any other error bugs the VM;
 //! an unknown outcome is read back with TDH.MEM.SEPT.RD and never guessed.
 
+use bytes::Bytes;
 use tdx_defs::{
     CompletionStatus, Gfn, Level, PAGE_SIZE, Pfn, PublicState, Repeat, SeamcallResult, SeptView,
 };
@@ -25,28 +26,27 @@ use crate::vm::Mode;
 use tdx_defs::Seamcall;
 
 /// Contents of the initial image.
-#[derive(Clone, Copy)]
-pub(crate) struct Source<'a> {
+pub(crate) struct Source {
     /// Host page that the contents are read from (R9).
     pub(crate) page: Pfn,
     /// First frame of `data`.
     pub(crate) first: Gfn,
     /// Contents; short of a page means zeroes.
-    pub(crate) data: &'a [u8],
+    pub(crate) data: Bytes,
     /// Whether to extend MRTD behind each page.
     pub(crate) measure: bool,
 }
 
-impl Source<'_> {
-    fn page_of(&self, gfn: Gfn) -> &[u8] {
+impl Source {
+    fn page_of(&self, gfn: Gfn) -> Bytes {
         let size = self.data.len() as u64;
         let offset = (gfn.get() - self.first.get())
             .saturating_mul(PAGE_SIZE)
             .min(size);
         let end = offset.saturating_add(PAGE_SIZE).min(size);
-        // Both are at most the length of the slice.
+        // Both are at most the length of the data.
         let at = |offset: u64| usize::try_from(offset).unwrap_or(self.data.len());
-        &self.data[at(offset)..at(end)]
+        self.data.slice(at(offset)..at(end))
     }
 }
 
@@ -101,7 +101,7 @@ impl Hooks<'_> {
         &self,
         seam: &mut Seam<'_>,
         units: Vec<Unit<'m>>,
-        source: Option<Source<'_>>,
+        source: Option<&Source>,
     ) -> Sent<'m> {
         self.send_link(seam, None, units, source)
     }
@@ -112,7 +112,7 @@ impl Hooks<'_> {
         seam: &mut Seam<'_>,
         chain: Option<Chain>,
         mut units: Vec<Unit<'m>>,
-        source: Option<Source<'_>>,
+        source: Option<&Source>,
     ) -> Sent<'m> {
         let mut calls: Vec<Seamcall> = Vec::new();
         let mut tags: Vec<Tag> = Vec::new();
@@ -157,7 +157,7 @@ impl Hooks<'_> {
         mode: Mode,
         unit: usize,
         op: ExternalOp,
-        source: Option<Source<'_>>,
+        source: Option<&Source>,
         calls: &mut Vec<Seamcall>,
         tags: &mut Vec<Tag>,
     ) -> Result<(), RefusedByHook> {
@@ -216,7 +216,7 @@ impl Hooks<'_> {
         gfn: Gfn,
         level: Level,
         spte: u64,
-        source: Option<Source<'_>>,
+        source: Option<&Source>,
     ) -> Result<Step, RefusedByHook> {
         if level != Level::L4K {
             self.bugs.bug(Check::B27, || {

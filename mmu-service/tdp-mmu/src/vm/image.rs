@@ -4,13 +4,15 @@
 //! arch/x86/kvm/mmu/mmu.c, `kvm_tdp_mmu_map_private_pfn()`; virt/kvm/guest_memfd.c,
 //! `kvm_gmem_populate()`. Only FIXED is success: a frame can be added once.
 
-use std::collections::VecDeque;
+mod adding;
+mod parts;
+
 use std::ops::Range;
-use std::sync::Arc;
 
-use tdx_defs::{CompletionStatus, Gfn, Leaf, Pfn};
+use tdx_defs::{Gfn, Leaf, Pfn};
 
-use super::vcpu::Vcpu;
+use self::adding::Image;
+use self::parts::Parts;
 use super::{InitRegion, Measure, Mode, Vm};
 use crate::bugs::Check;
 use crate::counts::Counts;
@@ -18,35 +20,32 @@ use crate::error::VmError;
 use crate::ledger::Note;
 use crate::memory::backing::NoPage;
 use crate::mmu::arena::TableId;
-use crate::mmu::mirror::{Begin, Depth, Extended, Unit};
-use crate::mmu::spte::{self, LeafTraits};
-use crate::seam::Chain;
-use crate::sync::{lock, thread};
+use crate::mmu::spte;
+use crate::sync::lock;
 use crate::tdx::calls::{self, EXTEND_CHUNK, EXTENDS_A_PAGE, Step};
-use crate::tdx::install::Source;
 use crate::tdx::lifecycle::{SourcePage, out_of_memory};
 use crate::tdx::seam::{Seam, Verdict};
 use crate::tdx::td::TdState;
 
-/// Pages of one message: 256 KiB of contents.
-const MAX_PAGES: usize = 64;
-/// Messages of a chain on their way: one that the module hashes, and one that travels meanwhile.
-const MESSAGES_AHEAD: usize = 2;
-/// Tries of a page that stays busy.
-const MAX_TRIES: u32 = 20_000;
-
 impl Vm {
     /// Adds pages to the TD, and their contents to MRTD when asked.
-    pub fn init_mem_region(&self, vcpu_id: u32, region: InitRegion<'_>) -> Result<Counts, VmError> {
-        let range = self.page_range(("gpa", "size"), region.gpa, region.size)?;
-        if region.data.len() as u64 > region.size {
-            let reason = format!(
-                "{} bytes for {} bytes of memory",
-                region.data.len(),
-                region.size
-            );
-            return Err(VmError::invalid("data", reason));
-        }
+    pub fn init_mem_region(&self, vcpu_id: u32, region: InitRegion) -> Result<Counts, VmError> {
+        self.init_mem_regions(vcpu_id, region, &mut |_| None)
+    }
+
+    /// Adds `first`, and what `more` has at hand when it is asked: the next region, if it is measured
+    /// as it is told. `more` is asked with locks held, so it must not wait; after 16 MiB it is not
+    /// asked any more. All regions up to the first error are added.
+    ///
+    /// Model: the kernel takes one region a call. Here messages of one region travel while the module
+    /// hashes those of the region before.
+    pub fn init_mem_regions(
+        &self,
+        vcpu_id: u32,
+        first: InitRegion,
+        more: &mut dyn FnMut(Measure) -> Option<InitRegion>,
+    ) -> Result<Counts, VmError> {
+        self.image_range(&first)?;
         let vcpu = self.vcpu(vcpu_id)?;
         let _slots = lock(&self.slots_lock);
         let vcpus = self.vcpus.load_full();
@@ -57,43 +56,52 @@ impl Vm {
         self.alive()?;
         self.needs("KVM_TDX_INIT_MEM_REGION", TdState::Initialized)?;
         self.initialized(&vcpu, run, "KVM_TDX_INIT_MEM_REGION")?;
-        let pages = self.image_pages(&range)?;
+        let measure = first.measure;
+        let mut parts = Parts::begin(self, first, more)?;
         let roots = self.roots_of(&vcpu, run)?;
         let mirror = roots.mirror.ok_or_else(|| out_of_memory(&self.host))?;
         let mut seam = self.seam(vcpu.lp);
         let _population = lock(&self.gmem_lock);
-        let is_measured = region.measure != Measure::No;
+        let is_measured = measure != Measure::No;
         if is_measured {
             self.note(Note::Measuring(true))?;
         }
-        let outcome = match region.measure {
-            Measure::ExtendOnly => self.extend_range(&mut seam, mirror, &range),
-            measure => SourcePage::new(&self.host).and_then(|page| {
-                let first = Gfn::new(range.start);
-                let measure = measure == Measure::Extend;
-                let source = Source {
-                    page: page.page,
-                    first,
-                    data: region.data,
-                    measure,
-                };
+        let outcome = if measure == Measure::ExtendOnly {
+            parts.each(|pages| self.extend_pages(&mut seam, mirror, pages))
+        } else {
+            SourcePage::new(&self.host).and_then(|source| {
                 let image = Image {
                     vm: self,
                     vcpu: &vcpu,
                     mirror,
-                    source,
+                    source: source.page,
+                    measure: measure == Measure::Extend,
                 };
                 match self.config.mode {
-                    Mode::Kernel => image.page_by_page(&mut seam, &pages),
-                    Mode::Batched => image.chunk_by_chunk(&mut seam, &pages),
+                    Mode::Kernel => image.page_by_page(&mut seam, &mut parts),
+                    Mode::Batched => image.chunk_by_chunk(&mut seam, &mut parts),
                 }
-            }),
+            })
         };
         run.counts += &seam.counts;
         if is_measured && !self.mmu.bugs.is_dead() {
             self.note(Note::Measuring(false))?;
         }
         outcome.map(|()| seam.counts)
+    }
+
+    /// The frames of a region, if its contents fit into them.
+    fn image_range(&self, region: &InitRegion) -> Result<Range<u64>, VmError> {
+        let range = self.page_range(("gpa", "size"), region.gpa, region.size)?;
+        if region.data.len() as u64 > region.size {
+            let reason = format!(
+                "{} bytes for {} bytes of memory",
+                region.data.len(),
+                region.size
+            );
+            return Err(VmError::invalid("data", reason));
+        }
+        Ok(range)
     }
 
     /// The guest_memfd pages of a range; every frame must be private and have one.
@@ -124,14 +132,14 @@ impl Vm {
         Ok(pages)
     }
 
-    /// TDH.MR.EXTEND over a range of pages that were added before.
-    fn extend_range(
+    /// TDH.MR.EXTEND of pages that were added before.
+    fn extend_pages(
         &self,
         seam: &mut Seam<'_>,
         mirror: TableId,
-        range: &Range<u64>,
+        pages: &[(Gfn, Pfn)],
     ) -> Result<(), VmError> {
-        for gfn in range.clone().map(Gfn::new) {
+        for &(gfn, _) in pages {
             let mapped = self
                 .mmu
                 .last(mirror, gfn)
@@ -143,9 +151,9 @@ impl Vm {
                 ));
             }
         }
-        range
-            .clone()
-            .try_for_each(|gfn| self.extend_page(seam, Gfn::new(gfn)))
+        pages
+            .iter()
+            .try_for_each(|&(gfn, _)| self.extend_page(seam, gfn))
     }
 
     /// Sixteen TDH.MR.EXTENDs. Any error bugs the VM: MRTD is lost.
@@ -176,191 +184,5 @@ impl Vm {
                 })
             }
         }
-    }
-}
-
-/// The call that a chain of messages ended with.
-type Stop = Option<(Leaf, CompletionStatus)>;
-
-/// The pages of one call on their way into the TD.
-struct Image<'a> {
-    vm: &'a Vm,
-    vcpu: &'a Arc<Vcpu>,
-    mirror: TableId,
-    source: Source<'a>,
-}
-
-impl<'a> Image<'a> {
-    fn begin(&self, gfn: Gfn, pfn: Pfn, depth: Depth) -> Result<Option<Unit<'a>>, VmError> {
-        let vm = self.vm;
-        if !vm.mmu.top_up_external(|| vm.host.memory.page()) {
-            return Err(out_of_memory(&vm.host));
-        }
-        vm.mmu.trace_private_request(gfn, pfn);
-        match vm.mmu.begin(self.mirror, gfn, image_leaf(pfn), depth) {
-            Begin::Held(unit) => Ok(Some(unit)),
-            Begin::Mapped { .. } => Err(VmError::AlreadyMapped(gfn.base())),
-            Begin::Frozen | Begin::Lost => Ok(None),
-            Begin::NoMemory => Err(out_of_memory(&vm.host)),
-        }
-    }
-
-    /// As the kernel does it: one call after the other, each page to its end.
-    fn page_by_page(&self, seam: &mut Seam<'_>, pages: &[(Gfn, Pfn)]) -> Result<(), VmError> {
-        let vm = self.vm;
-        for &(gfn, pfn) in pages {
-            let mut tries = Tries::default();
-            loop {
-                vm.alive()?;
-                let _held = vm.mmu.lock.read(self.vcpu.id);
-                let Some(unit) = self.begin(gfn, pfn, Depth::One)? else {
-                    tries.next(None)?;
-                    continue;
-                };
-                let is_leaf = unit.links() == 0;
-                let sent = vm.hooks().send(seam, vec![unit], Some(self.source));
-                let settled = vm.hooks().settle(seam, sent)?;
-                if !settled.complete {
-                    tries.next(settled.failed.map(|(leaf, result)| (leaf, result.status())))?;
-                } else if is_leaf {
-                    break;
-                }
-            }
-            if self.source.measure {
-                vm.extend_page(seam, gfn)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Up to [`MAX_PAGES`] a message, each ADD with its extends behind it.
-    ///
-    /// Where the module takes chains, a message is on its way while the one before it is hashed. One
-    /// that stops short breaks the chain: what is behind it does not run, and MRTD keeps its order.
-    fn chunk_by_chunk(&self, seam: &mut Seam<'_>, pages: &[(Gfn, Pfn)]) -> Result<(), VmError> {
-        let mut tries = Tries::default();
-        let mut at = 0;
-        while at < pages.len() {
-            self.vm.alive()?;
-            // Model: held until the chain ends, so that nobody zaps a table below a message that is
-            // on its way; the kernel takes it for each page.
-            let _held = self.vm.mmu.lock.read(self.vcpu.id);
-            let (added, end) = self.chain(seam, &pages[at..]);
-            at += added;
-            match end? {
-                None => {}
-                Some((leaf @ Leaf::MR_EXTEND, status)) => {
-                    return Err(VmError::Refused { leaf, status });
-                }
-                Some(failed) => tries.next(Some(failed))?,
-            }
-            if added == 0 && at < pages.len() {
-                tries.next(None)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds pages from the front until something stands in the way: how many, and what it was.
-    fn chain(&self, seam: &mut Seam<'_>, pages: &[(Gfn, Pfn)]) -> (usize, Result<Stop, VmError>) {
-        let hooks = self.vm.hooks();
-        let id = seam.chain();
-        let ahead = id.map_or(1, |_| MESSAGES_AHEAD);
-        let mut under_way = VecDeque::with_capacity(ahead);
-        let (mut link, mut handed, mut added) = (0, 0, 0);
-        let mut end = Ok(None);
-        let mut goes_on = true;
-        loop {
-            while goes_on && under_way.len() < ahead && handed < pages.len() {
-                let units = match self.gather(&pages[handed..]) {
-                    Ok(units) => units,
-                    Err(error) => {
-                        (end, goes_on) = (Err(error), false);
-                        break;
-                    }
-                };
-                if units.is_empty() {
-                    // What is under way may hold the table; once it is answered the table is there.
-                    goes_on = !under_way.is_empty();
-                    break;
-                }
-                handed += units.iter().map(Unit::leaves).sum::<usize>();
-                let place = id.map(|id| Chain { id, link });
-                link += 1;
-                under_way.push_back(hooks.send_link(seam, place, units, Some(self.source)));
-            }
-            // Whatever was sent is settled, however the chain ends.
-            let Some(sent) = under_way.pop_front() else {
-                return (added, end);
-            };
-            match hooks.settle(seam, sent) {
-                Ok(settled) => {
-                    added += settled.units.iter().map(|unit| unit.leaves).sum::<usize>();
-                    // Without chains each message is settled and judged by itself.
-                    goes_on &= settled.complete && id.is_some();
-                    if let (Ok(None), Some((leaf, result))) = (&end, settled.failed) {
-                        end = Ok(Some((leaf, result.status())));
-                    }
-                }
-                Err(error) => {
-                    goes_on = false;
-                    if end.is_ok() {
-                        end = Err(error.into());
-                    }
-                }
-            }
-        }
-    }
-
-    /// Holds entries for as many of the next pages as one message takes.
-    fn gather(&self, pages: &[(Gfn, Pfn)]) -> Result<Vec<Unit<'a>>, VmError> {
-        let mut units: Vec<Unit<'a>> = Vec::new();
-        for &(gfn, pfn) in pages.iter().take(MAX_PAGES) {
-            match units
-                .last_mut()
-                .map(|unit| unit.extend(gfn, image_leaf(pfn)))
-            {
-                Some(Extended::Added) => continue,
-                Some(Extended::Frozen) => break,
-                Some(Extended::Mapped { .. }) => return Err(VmError::AlreadyMapped(gfn.base())),
-                Some(Extended::Outside) | None => {}
-            }
-            match self.begin(gfn, pfn, Depth::Chain)? {
-                Some(unit) => units.push(unit),
-                None => break,
-            }
-        }
-        Ok(units)
-    }
-}
-
-fn image_leaf(pfn: Pfn) -> u64 {
-    spte::leaf_4k(
-        pfn,
-        LeafTraits {
-            map_writable: true,
-            prefetch: true,
-        },
-    )
-}
-
-/// The kernel repeats a busy page without limit; here the budget ends.
-#[derive(Default)]
-struct Tries(u32);
-
-impl Tries {
-    fn next(&mut self, failed: Stop) -> Result<(), VmError> {
-        self.0 += 1;
-        if self.0 >= MAX_TRIES {
-            let (leaf, status) =
-                failed.unwrap_or((Leaf::MEM_PAGE_ADD, CompletionStatus::OPERAND_BUSY));
-            return Err(VmError::Busy {
-                leaf,
-                status,
-                tries: self.0,
-            });
-        }
-        thread::yield_now();
-        Ok(())
     }
 }

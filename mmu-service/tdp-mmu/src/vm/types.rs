@@ -1,5 +1,6 @@
 //! What callers pass in and get back.
 
+use bytes::Bytes;
 use tdx_defs::{CompletionStatus, Gfn, Gpaw, Hpa, Leaf, Level, Pfn, TdAttributes};
 
 use crate::counts::Counts;
@@ -190,14 +191,14 @@ pub struct FaultOutcome {
 }
 
 /// Pages of the initial image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct InitRegion<'a> {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InitRegion {
     /// First address, bytes, page aligned, private.
     pub gpa: u64,
     /// Bytes, page aligned.
     pub size: u64,
     /// Contents; what is missing is zero.
-    pub data: &'a [u8],
+    pub data: Bytes,
     /// Whether MRTD takes the contents.
     pub measure: Measure,
 }

@@ -229,7 +229,7 @@ pub(crate) fn map_private(vm: &Vm, gfns: std::ops::Range<u64>) {
         let region = InitRegion {
             gpa,
             size,
-            data: &[],
+            data: Default::default(),
             measure: Measure::No,
         };
         vm.init_mem_region(0, region).unwrap();

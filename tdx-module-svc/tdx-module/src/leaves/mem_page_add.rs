@@ -9,7 +9,6 @@ use tdx_defs::{CompletionStatus as Status, Leaf, OperandId, PAGE_SIZE, PageType}
 use crate::checks::{OpStateLock, SeptOperand, with_details};
 use crate::dispatch::{Cx, Outcome, Regs};
 use crate::locks::LockMode;
-use crate::memory::PAGE;
 use crate::pamt::PageSize;
 use crate::sept::SeptState;
 
@@ -29,12 +28,11 @@ pub(crate) fn mem_page_add(cx: &Cx<'_>, regs: &mut Regs) -> Outcome {
     let source = module.check_host_memory(regs.r9, PAGE_SIZE, OperandId::R9)?;
     let page = module.lock_free_page(regs.r8, OperandId::R8)?;
 
-    let mut content = Box::new([0; PAGE]);
-    module.read_host_page(source, &mut content[..]);
+    let content = module.host_page(source);
     walk.slot
         .write_alone(module.format.entry(SeptState::MAPPED, page.hpa));
     cx.give_page(&page, PageType::REG, PageSize::Small, &td);
-    if module.private.fill(page.hpa.frame(), content) {
+    if content.is_some_and(|content| module.private.fill(page.hpa.frame(), content)) {
         page.entry.set_content(true);
     }
     td.measurement().page_added(operand.gpa);

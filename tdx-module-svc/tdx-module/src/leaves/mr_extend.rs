@@ -9,7 +9,7 @@ use crate::checks::{OpStateLock, Running, check_integrity, invalid, with_details
 use crate::dispatch::{Cx, Fail, Outcome, Run};
 use crate::locks::LockMode;
 use crate::measure::CHUNK_SIZE;
-use crate::memory::{PAGE, Page, offset_in_page};
+use crate::memory::{Contents, PAGE, Page, offset_in_page};
 
 pub(crate) fn mr_extend(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
     let td = cx.lock_tdr(run.take_tdr(), OperandId::RDX, LockMode::Exclusive)?;
@@ -17,7 +17,7 @@ pub(crate) fn mr_extend(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
     let mut measurement = td.measurement();
     let mut source = Source {
         gpa: None,
-        content: Box::new([0; PAGE]),
+        content: None,
     };
     run.each(|regs| {
         let gpa = Gpa::new(std::mem::take(&mut regs.rcx));
@@ -27,7 +27,7 @@ pub(crate) fn mr_extend(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
         running.check_gpa(gpa)?;
         source.look_at(cx, &running, gpa)?;
         let at = offset_in_page(gpa.get());
-        measurement.chunk_extended(gpa, &source.content[at..at + CHUNK_SIZE]);
+        measurement.chunk_extended(gpa, &source.bytes()[at..at + CHUNK_SIZE]);
         Ok(())
     })
 }
@@ -37,10 +37,18 @@ pub(crate) fn mr_extend(cx: &Cx<'_>, run: &mut Run<'_>) -> Outcome {
 struct Source {
     /// Where `content` was found.
     gpa: Option<Gpa>,
-    content: Box<Page>,
+    /// `None` where all of it is zero.
+    content: Option<Contents>,
 }
 
+static ZEROS: Page = [0; PAGE];
+
 impl Source {
+    /// A page of bytes.
+    fn bytes(&self) -> &[u8] {
+        self.content.as_ref().map_or(&ZEROS[..], Contents::bytes)
+    }
+
     fn look_at(&mut self, cx: &Cx<'_>, running: &Running<'_>, gpa: Gpa) -> Result<(), Fail> {
         let page = Gpa::new(gpa.get() & !(PAGE_SIZE - 1));
         if self.gpa == Some(page) {
@@ -56,10 +64,9 @@ impl Source {
             return Err(Status::EPT_ENTRY_NOT_PRESENT.into());
         }
         let source = address_in(found.value.page(), page, found.slot.level);
-        check_integrity(
-            running.td,
-            cx.module.private.read(source, &mut self.content[..]),
-        )?;
+        let (integrity, content) = cx.module.private.page(source.frame());
+        check_integrity(running.td, integrity)?;
+        self.content = content;
         self.gpa = Some(page);
         Ok(())
     }

@@ -125,7 +125,7 @@ fn call_of(module: &Module, step: &Value) -> Seamcall {
         };
         let bytes = bytes_of(write);
         if operand == Some(hpa) {
-            call.data = bytes;
+            call.data = bytes.into();
         } else {
             module.write_host_memory(Hpa::new(hpa), &bytes);
         }

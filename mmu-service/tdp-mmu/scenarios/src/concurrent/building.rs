@@ -12,11 +12,11 @@ use crate::common::gate::Gate;
 use crate::common::port::When;
 use crate::common::{self, Rig, witness};
 
-fn one_page(gfn: u64, measure: Measure) -> InitRegion<'static> {
+fn one_page(gfn: u64, measure: Measure) -> InitRegion {
     InitRegion {
         gpa: gfn << 12,
         size: 0x1000,
-        data: &[7; 64],
+        data: vec![7; 64].into(),
         measure,
     }
 }
