@@ -133,6 +133,47 @@ async fn a_malformed_batch_ends_the_stream_and_not_those_before_it() {
 }
 
 #[tokio::test]
+async fn what_is_read_while_a_long_batch_runs_is_answered_behind_it() {
+    const PAGES: u64 = 10;
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    // Long enough for a thread of its own.
+    let measured = |first: u64| {
+        (first..first + PAGES)
+            .flat_map(|page| {
+                let gpa = page * 0x1000;
+                [add(gpa, PAGE + page * 0x1000), extend(gpa)]
+            })
+            .collect()
+    };
+    let requests = [
+        numbered("s", 1, vec![create()]),
+        numbered("s", 2, build()),
+        numbered("s", 3, measured(0)),
+        numbered("s", 4, measured(PAGES)),
+        ExecuteRequest {
+            lp: 4,
+            ..numbered("s", 5, measured(2 * PAGES))
+        },
+        numbered("s", 6, measured(3 * PAGES)),
+    ];
+    let mut answers = client
+        .execute_stream(tokio_stream::iter(requests))
+        .await
+        .unwrap()
+        .into_inner();
+    for sequence in 1..=4 {
+        let answer = answers.next().await.unwrap().unwrap();
+        assert_eq!(answer.sequence, sequence);
+        assert_success(&statuses_of(&answer));
+    }
+    let refusal = answers.next().await.unwrap().unwrap_err();
+    assert_eq!(refusal.code(), Code::InvalidArgument);
+    assert!(answers.next().await.is_none());
+    assert_eq!(pages_in_use(&mut client, "PT_REG").await, 2 * PAGES);
+}
+
+#[tokio::test]
 async fn streams_run_beside_each_other() {
     let server = Server::start().await;
     let mut first = server.client().await;

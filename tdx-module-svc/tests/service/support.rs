@@ -229,6 +229,11 @@ pub(crate) fn add(gpa: u64, page: u64) -> Seamcall {
     }
 }
 
+/// TDH.MR.EXTEND of all 4 KiB at `gpa`.
+pub(crate) fn extend(gpa: u64) -> Seamcall {
+    repeated(call(Leaf::MR_EXTEND, gpa, TDR), 16, 0x100, 0)
+}
+
 /// TDH.MEM.PAGE.AUG of `gpa`.
 pub(crate) fn aug(gpa: u64, page: u64) -> Seamcall {
     Seamcall {
