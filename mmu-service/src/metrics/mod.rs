@@ -349,13 +349,14 @@ costs! {
     tdp_mmu::Stats: _this => None;
 }
 
-/// What a vCPU ran, beside whatever else the operation hands back.
+/// Counts beside whatever else the operation hands back.
 impl<T> Costs for (Counts, T) {
     fn costs(&self) -> Option<&Counts> {
         Some(&self.0)
     }
 }
 
+/// What a vCPU ran, beside the same.
 impl<T> Costs for (Result<tdp_mmu::RunReport, tdp_mmu::VmError>, T) {
     fn costs(&self) -> Option<&Counts> {
         self.0.as_ref().ok().map(|report| &report.counts)

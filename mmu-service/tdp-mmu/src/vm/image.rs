@@ -45,7 +45,7 @@ impl Vm {
         first: InitRegion,
         more: &mut dyn FnMut(Measure) -> Option<InitRegion>,
     ) -> Result<Counts, VmError> {
-        self.image_range(&first)?;
+        let range = self.image_range(&first)?;
         let vcpu = self.vcpu(vcpu_id)?;
         let _slots = lock(&self.slots_lock);
         let vcpus = self.vcpus.load_full();
@@ -57,7 +57,7 @@ impl Vm {
         self.needs("KVM_TDX_INIT_MEM_REGION", TdState::Initialized)?;
         self.initialized(&vcpu, run, "KVM_TDX_INIT_MEM_REGION")?;
         let measure = first.measure;
-        let mut parts = Parts::begin(self, first, more)?;
+        let mut parts = Parts::begin(self, first, &range, more)?;
         let roots = self.roots_of(&vcpu, run)?;
         let mirror = roots.mirror.ok_or_else(|| out_of_memory(&self.host))?;
         let mut seam = self.seam(vcpu.lp);

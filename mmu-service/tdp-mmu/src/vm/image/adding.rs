@@ -63,10 +63,10 @@ impl<'a> Image<'a> {
         parts: &mut Parts<'_>,
     ) -> Result<(), VmError> {
         while let Some(part) = parts.behind(0)? {
-            for &(gfn, pfn) in part.left() {
+            for &(gfn, pfn) in part.left {
                 self.add_page(seam, gfn, pfn, &self.source_of(&part))?;
             }
-            let added = part.left().len();
+            let added = part.left.len();
             parts.advance(added);
         }
         Ok(())
@@ -207,7 +207,7 @@ impl<'a> Image<'a> {
             return Ok(None);
         };
         let mut units: Vec<Unit<'a>> = Vec::new();
-        for &(gfn, pfn) in part.left().iter().take(MAX_PAGES) {
+        for &(gfn, pfn) in part.left.iter().take(MAX_PAGES) {
             match units
                 .last_mut()
                 .map(|unit| unit.extend(gfn, image_leaf(pfn)))

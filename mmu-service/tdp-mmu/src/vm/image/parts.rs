@@ -1,6 +1,7 @@
 //! The regions of an image that are on their way into a TD, and those that come behind them.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use bytes::Bytes;
 use tdx_defs::{Gfn, Pfn};
@@ -8,8 +9,7 @@ use tdx_defs::{Gfn, Pfn};
 use crate::error::VmError;
 use crate::vm::{InitRegion, Measure, Vm};
 
-/// Pages after which no further region is taken: 16 MiB, about as long as others may wait for the
-/// locks.
+/// Pages after which no further region is taken: 16 MiB. Others wait for the locks meanwhile.
 const MAX_PAGES: usize = 4096;
 
 /// Gives the next region if it is at hand and measured in this way.
@@ -39,19 +39,18 @@ pub(super) struct Part<'p> {
     pub(super) first: Gfn,
     /// Contents of the region.
     pub(super) data: &'p Bytes,
-    left: &'p [(Gfn, Pfn)],
-}
-
-impl<'p> Part<'p> {
     /// Pages that are left.
-    pub(super) fn left(&self) -> &'p [(Gfn, Pfn)] {
-        self.left
-    }
+    pub(super) left: &'p [(Gfn, Pfn)],
 }
 
 impl<'a> Parts<'a> {
-    /// Begins with `first`.
-    pub(super) fn begin(vm: &'a Vm, first: InitRegion, more: More<'a>) -> Result<Self, VmError> {
+    /// Begins with `first`, whose frames are `range`.
+    pub(super) fn begin(
+        vm: &'a Vm,
+        first: InitRegion,
+        range: &Range<u64>,
+        more: More<'a>,
+    ) -> Result<Self, VmError> {
         let mut parts = Self {
             vm,
             measure: first.measure,
@@ -59,7 +58,7 @@ impl<'a> Parts<'a> {
             taken: 0,
             list: VecDeque::new(),
         };
-        parts.take(first)?;
+        parts.push(first, range)?;
         Ok(parts)
     }
 
@@ -69,7 +68,11 @@ impl<'a> Parts<'a> {
             let reason = "regions of one call are measured in one way";
             return Err(VmError::invalid("measure", reason));
         }
-        let pages = self.vm.image_pages(&range)?;
+        self.push(region, &range)
+    }
+
+    fn push(&mut self, region: InitRegion, range: &Range<u64>) -> Result<(), VmError> {
+        let pages = self.vm.image_pages(range)?;
         self.taken += pages.len();
         self.list.push_back(Region {
             first: Gfn::new(range.start),
@@ -127,7 +130,7 @@ impl<'a> Parts<'a> {
         mut work: impl FnMut(&[(Gfn, Pfn)]) -> Result<(), VmError>,
     ) -> Result<(), VmError> {
         while let Some(part) = self.behind(0)? {
-            let pages = part.left();
+            let pages = part.left;
             work(pages)?;
             let done = pages.len();
             self.advance(done);
