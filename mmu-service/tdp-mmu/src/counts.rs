@@ -4,42 +4,42 @@ use std::ops::AddAssign;
 
 use tdx_defs::Leaf;
 
-/// Leaf numbers below this bound are counted one by one; the ABI ends at 64 and a bit.
-const LEAVES: usize = 64;
-
 /// SEAMCALLs made, by leaf; each call of a run counts.
-#[derive(Clone, PartialEq, Eq)]
-pub struct SeamcallCounts([u64; LEAVES]);
-
-impl Default for SeamcallCounts {
-    fn default() -> Self {
-        Self([0; LEAVES])
-    }
-}
+///
+/// Most operations call no leaf or a few: a list that is empty then moves with a report for next to
+/// nothing, where a number for each leaf of the ABI took a fifth of a fault that the mirror answers.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct SeamcallCounts(
+    /// Ascending by leaf; no count is 0.
+    Vec<(Leaf, u64)>,
+);
 
 impl SeamcallCounts {
     /// How often `leaf` was called.
     pub fn get(&self, leaf: Leaf) -> u64 {
-        self.0.get(usize::from(leaf.0)).copied().unwrap_or(0)
+        self.place(leaf).map_or(0, |at| self.0[at].1)
     }
 
     /// The leaves that were called, ascending by number.
     pub fn iter(&self) -> impl Iterator<Item = (Leaf, u64)> + '_ {
-        (0u16..)
-            .zip(self.0)
-            .filter(|&(_, count)| count != 0)
-            .map(|(leaf, n)| (Leaf(leaf), n))
+        self.0.iter().copied()
     }
 
     /// All calls.
     pub fn total(&self) -> u64 {
-        self.0.iter().sum()
+        self.0.iter().map(|&(_, count)| count).sum()
     }
 
     pub(crate) fn add(&mut self, leaf: Leaf, calls: u64) {
-        if let Some(count) = self.0.get_mut(usize::from(leaf.0)) {
-            *count += calls;
+        match self.place(leaf) {
+            Ok(at) => self.0[at].1 += calls,
+            Err(at) if calls > 0 => self.0.insert(at, (leaf, calls)),
+            Err(_) => {}
         }
+    }
+
+    fn place(&self, leaf: Leaf) -> Result<usize, usize> {
+        self.0.binary_search_by_key(&leaf, |&(leaf, _)| leaf)
     }
 }
 
@@ -100,6 +100,24 @@ counts! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn calls_are_listed_by_leaf_in_whatever_order_they_came() {
+        let mut counts = SeamcallCounts::default();
+        for (leaf, calls) in [
+            (Leaf::MEM_TRACK, 1),
+            (Leaf::MEM_PAGE_AUG, 3),
+            (Leaf::MEM_RANGE_BLOCK, 0),
+            (Leaf::MEM_TRACK, 4),
+        ] {
+            counts.add(leaf, calls);
+        }
+        let listed: Vec<_> = counts.iter().collect();
+        assert_eq!(listed, [(Leaf::MEM_PAGE_AUG, 3), (Leaf::MEM_TRACK, 5)]);
+        assert_eq!(counts.get(Leaf::MEM_TRACK), 5);
+        assert_eq!(counts.get(Leaf::MEM_RANGE_BLOCK), 0);
+        assert_eq!(counts.total(), 8);
+    }
 
     #[test]
     fn counts_add_up_field_by_field() {

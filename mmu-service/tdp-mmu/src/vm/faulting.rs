@@ -125,7 +125,7 @@ impl<'a> Faulting<'a> {
 
     /// Takes one access as far as it goes without waiting for the module.
     pub(super) fn push(&mut self, wanted: Wanted) {
-        self.todo.push_back((wanted, 0));
+        self.step(wanted, 0);
         self.work();
     }
 
@@ -143,27 +143,32 @@ impl<'a> Faulting<'a> {
 
     fn work(&mut self) {
         while let Some((wanted, tries)) = self.todo.pop_front() {
-            match self.pass(wanted, tries) {
-                Pass::Held => {}
-                Pass::Uncounted => {
-                    self.ended.push(ended(&wanted, Ok(RetPf::Emulate), None));
-                }
-                Pass::Ended(result, at) => self.end(wanted, result, at),
-                Pass::Again | Pass::Wait if self.must_leave(&wanted) => {
-                    self.end(wanted, Ok(RetPf::Retry), None);
-                }
-                Pass::Again | Pass::Wait if tries + 1 >= MAX_TRIES => {
-                    self.give_up(wanted, tries + 1);
-                }
-                Pass::Again => {
-                    spans::retry(wanted.gfn, tries + 1, None);
-                    self.todo.push_front((wanted, tries + 1));
-                }
-                Pass::Wait => {
-                    spans::retry(wanted.gfn, tries + 1, self.busy);
-                    self.todo.push_front((wanted, tries + 1));
-                    self.let_others_go_on();
-                }
+            self.step(wanted, tries);
+        }
+    }
+
+    /// One pass, and what it leaves to do.
+    fn step(&mut self, wanted: Wanted, tries: u32) {
+        match self.pass(wanted, tries) {
+            Pass::Held => {}
+            Pass::Uncounted => {
+                self.ended.push(ended(&wanted, Ok(RetPf::Emulate), None));
+            }
+            Pass::Ended(result, at) => self.end(wanted, result, at),
+            Pass::Again | Pass::Wait if self.must_leave(&wanted) => {
+                self.end(wanted, Ok(RetPf::Retry), None);
+            }
+            Pass::Again | Pass::Wait if tries + 1 >= MAX_TRIES => {
+                self.give_up(wanted, tries + 1);
+            }
+            Pass::Again => {
+                spans::retry(wanted.gfn, tries + 1, None);
+                self.todo.push_front((wanted, tries + 1));
+            }
+            Pass::Wait => {
+                spans::retry(wanted.gfn, tries + 1, self.busy);
+                self.todo.push_front((wanted, tries + 1));
+                self.let_others_go_on();
             }
         }
     }
