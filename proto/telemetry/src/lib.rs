@@ -30,12 +30,12 @@ use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::{BaggagePropagator, TraceContextPropagator};
 use opentelemetry_sdk::trace::SdkTracerProvider;
-use tracing::Subscriber;
-use tracing_subscriber::Layer;
+use tracing::{Dispatch, Subscriber};
 use tracing_subscriber::filter::{FilterExt as _, LevelFilter, Targets, dynamic_filter_fn};
-use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::layer::{Layered, SubscriberExt as _};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Layer, Registry};
 
 pub use context::{
     add_link, current_trace_id, is_sampled, set_remote_parent, traceparent_of_current_span,
@@ -129,14 +129,10 @@ pub fn init_with(
 ) -> Result<Telemetry, TelemetryError> {
     let settings = Settings::from_env(|name| std::env::var(name).ok());
     let (telemetry, tracer) = Telemetry::build(default_service_name, &settings)?;
-    tracing_subscriber::registry()
-        .with(log::layer(
-            settings.log_filter(default_service_name, default_log),
-        )?)
-        .with(tracer.map(|tracer| {
-            let always = telemetry.is_exporting() || trace_ids == TraceIds::Always;
-            otel_layer(tracer, always)
-        }))
+    let always = telemetry.is_exporting() || trace_ids == TraceIds::Always;
+    let log_filter = settings.log_filter(default_service_name, default_log);
+    let spans = tracer.map(|tracer| otel_layer(tracer, always));
+    dispatch(log::layer(log_filter)?, spans)
         .try_init()
         .map_err(TelemetryError::Twice)?;
     if telemetry.is_exporting() {
@@ -148,6 +144,19 @@ pub fn init_with(
         tracing::warn!(setting = %ignored, "telemetry setting is ignored");
     }
     Ok(telemetry)
+}
+
+/// The layers together. A layer that may be absent has no place among them as an `Option`: `None`
+/// switches every span and event on that nobody wants, those of HTTP/2 among them.
+fn dispatch<L>(log: L, spans: Option<impl Layer<Layered<L, Registry>> + Send + Sync>) -> Dispatch
+where
+    L: Layer<Registry> + Send + Sync,
+{
+    let logging = tracing_subscriber::registry().with(log);
+    match spans {
+        Some(spans) => logging.with(spans).into(),
+        None => logging.into(),
+    }
 }
 
 impl Telemetry {
@@ -360,6 +369,25 @@ mod tests {
             let (telemetry, tracer) = Telemetry::build("test", &settings).unwrap();
             assert_eq!(tracer.is_some(), traced, "{case}");
             assert!(!telemetry.is_exporting(), "{case}");
+        }
+    }
+
+    #[test]
+    fn what_neither_the_log_nor_a_trace_shows_is_never_made() {
+        let provider = SdkTracerProvider::builder().build();
+        for (case, tracer) in [
+            ("OTEL_SDK_DISABLED", None),
+            ("a collector", Some(provider.tracer("test"))),
+        ] {
+            let traced = tracer.is_some();
+            let spans = tracer.map(|tracer| otel_layer(tracer, true));
+            let log = log::layer("warn".into()).unwrap();
+            let _default = tracing::dispatcher::set_default(&dispatch(log, spans));
+            // The level and the target of a call site of HTTP/2, and one of ours.
+            let of_http2 = tracing::trace_span!(target: "h2", "FramedRead::next");
+            assert!(of_http2.is_disabled(), "{case}");
+            let ours = tracing::info_span!("handle_fault");
+            assert_eq!(!ours.is_disabled(), traced, "{case}");
         }
     }
 
