@@ -8,7 +8,7 @@ use crate::args::{Command, Format, Globals};
 use crate::bench::{Name, OVERLOAD_OPTIONS};
 use crate::client::{Client, Limits, connect_module, connect_module_channel};
 use crate::error::Error;
-use crate::local::{Local, LocalError, ProcessMemory};
+use crate::local::{Local, LocalError, Options, ProcessMemory};
 use crate::stop::Stop;
 
 /// Where to find the services, for one command.
@@ -44,16 +44,19 @@ impl Session {
                 local: None,
             });
         }
-        let module_options: &[&str] = match command {
+        let more = match command {
             // The platform that the sequences were recorded on, with the conditions they set.
-            Command::Conformance(_) => &["--profile", "conformance", "--allow-injection"],
-            _ => &[],
+            Command::Conformance(_) => Options {
+                module: &["--profile", "conformance", "--allow-injection"],
+                ..Options::default()
+            },
+            Command::Bench(args) if args.name == Name::Overload => Options {
+                mmu: OVERLOAD_OPTIONS,
+                ..Options::default()
+            },
+            _ => Options::default(),
         };
-        let mmu_options: &[&str] = match command {
-            Command::Bench(args) if args.name == Name::Overload => OVERLOAD_OPTIONS,
-            _ => &[],
-        };
-        let local = Local::start(&stop, module_options, mmu_options)
+        let local = Local::start(&stop, more)
             .await
             .map_err(|error| match error {
                 LocalError::Interrupted => Error::Interrupted,

@@ -66,7 +66,8 @@ pub enum Name {
     Scale,
     /// Calls with ten times the clients that are admitted, beside as many as are
     Overload,
-    /// What tracing costs: faults through the closed gate, and populating with spans of every message
+    /// What tracing costs: faults through the closed gate, fault messages with one in a hundred traced,
+    /// and populating with spans of every message
     Trace,
     /// Restart of mmu-service after kill -9 with a populated TD, beside one without VMs; a change that
     /// is written down, beside one that is not

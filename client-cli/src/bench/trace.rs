@@ -1,27 +1,32 @@
 //! `trace`: what tracing costs, off and on.
 //!
 //! Faults that the mirror answers, one by one through the gate as the service has it, closed and open
-//! for one in a hundred, beside the same faults without it. Populating fault by fault through the
-//! services with a span of every message, which is more than one fault in a hundred, beside the same
-//! without. Spans are exported where `OTEL_EXPORTER_OTLP_ENDPOINT` says; without it none are made
-//! beyond the gate.
+//! for one in a hundred, beside the same faults without it: what the gate is to the library, which
+//! nobody calls so. The same faults as messages to the service, which traces one in a hundred by
+//! itself, beside messages to services whose tracing is switched off: what a caller sees. Populating
+//! fault by fault with a span of every message, which is more than one fault in a hundred, beside the
+//! same without. Spans are exported where `OTEL_EXPORTER_OTLP_ENDPOINT` says; without it none are
+//! made beyond the gate.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use mirror_proto::mmu::Mode;
+use mirror_proto::mmu::mmu_service_client::MmuServiceClient;
+use mirror_proto::mmu::{Fault as WireFault, HandleFaultRequest, Mode};
 use tdp_mmu::{Fault, Vm};
 use tdx_defs::PAGE_SIZE;
 use telemetry::Gate;
 use telemetry::late::{Account, Untraced};
+use tonic::transport::Channel;
 use tracing::{Span, info_span};
 
 use super::figure::{Figure, ns_per_op};
 use super::in_process::{Pair, bench_error};
 use super::scatter::faults;
 use super::{Plan, remote, timed};
-use crate::client::Client;
-use crate::error::Error;
+use crate::client::{Client, with_deadline};
+use crate::error::{Error, Refusal};
+use crate::local::{Local, Options};
 use crate::progress::Progress;
 use crate::tally::Tally;
 
@@ -31,6 +36,8 @@ const HOT_PAGES: u64 = 512;
 const HITS: u64 = 1 << 16;
 /// Rounds of a sample, by turns with and without the gate: what else the machine does meets both.
 const ROUNDS: u64 = 32;
+/// Faults of one sample that are messages.
+const MESSAGES: u64 = 4096;
 /// One in so many is traced where the gate is open.
 const EVERY: u32 = 100;
 /// When the service makes a span afterwards, by default.
@@ -50,6 +57,9 @@ pub(super) async fn run(
         Ok::<_, Error>(vm)
     })?;
     let (closed, open) = (Gate::new(0, SLOW), Gate::new(EVERY, SLOW));
+    // Neither is the session's, which has more to do.
+    let mut traced = Services::start(client, &[]).await?;
+    let mut quiet = Services::start(client, &[("OTEL_SDK_DISABLED", "true")]).await?;
     let size = plan.size(256 << 20);
     let order: Vec<u64> = (0..size / PAGE_SIZE).collect();
     let pages = order.len() as u64;
@@ -76,39 +86,115 @@ pub(super) async fn run(
             };
             let without = populate(false).await?;
             let with = populate(true).await?;
-            Ok((hits, (with, without)))
+            let messages = messages_by_turns(&mut traced, &mut quiet).await?;
+            Ok((hits, messages, (with, without)))
         })
         .await?;
+    for services in [traced, quiet] {
+        services.local.stop().await;
+    }
     tokio::task::block_in_place(|| vm.destroy().map_err(bench_error))?;
-    let (hits, populated): (Vec<_>, Vec<_>) = samples.into_iter().unzip();
-    let (closed, open): (Vec<_>, Vec<_>) = hits
-        .into_iter()
-        .map(|[closed, open]| (closed, open))
-        .unzip();
+    let of = |pick: fn(&Sample) -> (f64, f64)| samples.iter().map(pick).collect::<Vec<_>>();
+    let figure = |names, ops, pairs: &[_]| {
+        Figure::new(names, ops, pairs).with("exported", telemetry::is_recording())
+    };
     Ok(vec![
-        Figure::new(
+        figure(
             ("hit through the closed gate", "hit without it"),
             HITS,
-            &closed,
-        )
-        .with("exported", telemetry::is_recording()),
-        Figure::new(
+            &of(|sample| sample.0[0]),
+        ),
+        figure(
             ("hit, one in 100 traced", "hit without the gate"),
             HITS,
-            &open,
-        )
-        .with("exported", telemetry::is_recording()),
-        Figure::new(
+            &of(|sample| sample.0[1]),
+        ),
+        figure(
+            ("hit by message, one in 100 traced", "services not tracing"),
+            MESSAGES,
+            &of(|sample| sample.1),
+        ),
+        figure(
             (
                 "populate by faults, each message traced",
                 "the same, untraced",
             ),
             pages,
-            &populated,
+            &of(|sample| sample.2),
         )
-        .counts(&tally)
-        .with("exported", telemetry::is_recording()),
+        .counts(&tally),
     ])
+}
+
+/// Hits closed and open, hits by message, populating: each with tracing and without.
+type Sample = ([(f64, f64); 2], (f64, f64), (f64, f64));
+
+/// A pair of services with a TD whose hot pages are mapped.
+struct Services {
+    local: Local,
+    vm_id: u64,
+    /// Without a trace layer: its calls say nothing about tracing.
+    mmu: MmuServiceClient<Channel>,
+    limit: Duration,
+}
+
+impl Services {
+    async fn start(client: &Client, environment: &[(&str, &str)]) -> Result<Self, Error> {
+        let more = Options {
+            environment,
+            ..Options::default()
+        };
+        let (stop, limits) = (client.stop(), client.limits);
+        let local = Local::start(stop, more).await.map_err(Error::Local)?;
+        let connected = Client::connect(local.mmu_url(), None, None, limits, stop.clone()).await?;
+        let vm_id = remote::populated_td(&connected, HOT_PAGES * PAGE_SIZE).await?;
+        let channel = transport::connect(local.mmu_url())
+            .await
+            .map_err(bench_error)?;
+        Ok(Self {
+            local,
+            vm_id,
+            mmu: MmuServiceClient::new(channel),
+            limit: limits.short,
+        })
+    }
+
+    /// Nanoseconds of a hit by message.
+    async fn hits(&mut self) -> Result<f64, Error> {
+        const FAULTS: u64 = MESSAGES / ROUNDS;
+        let start = Instant::now();
+        for at in 0..FAULTS {
+            let message = HandleFaultRequest {
+                vm_id: self.vm_id,
+                fault: Some(WireFault {
+                    gpa: at % HOT_PAGES * PAGE_SIZE,
+                    qualification: 2,
+                    ..WireFault::default()
+                }),
+                ..HandleFaultRequest::default()
+            };
+            let answer = self.mmu.handle_fault(with_deadline(message, self.limit));
+            answer.await.map_err(|status| Error::Refused {
+                call: "HandleFault",
+                source: Refusal::new(status),
+            })?;
+        }
+        Ok(ns_per_op(start.elapsed(), FAULTS))
+    }
+}
+
+/// Nanoseconds of a hit by message with tracing, and without.
+async fn messages_by_turns(
+    traced: &mut Services,
+    quiet: &mut Services,
+) -> Result<(f64, f64), Error> {
+    let (mut with, mut without) = (0.0, 0.0);
+    for _ in 0..ROUNDS {
+        with += traced.hits().await?;
+        without += quiet.hits().await?;
+    }
+    let rounds = ROUNDS as f64;
+    Ok((with / rounds, without / rounds))
 }
 
 /// Nanoseconds of a fault through the gate, and of one without it.
@@ -149,7 +235,7 @@ fn through(gate: &Gate, vm: &Vm, fault: Fault) -> bool {
     };
     let report = span.in_scope(|| vm.handle_fault(0, fault));
     if let Some(untraced) = untraced
-        && gate.is_slow(untraced.elapsed())
+        && untraced.is_slow(gate)
     {
         untraced.tell(Account {
             reason: "slow",

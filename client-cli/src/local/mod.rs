@@ -98,6 +98,17 @@ fn said(stderr: &str) -> String {
     }
 }
 
+/// What the services get beside what they need.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// Options of the module.
+    pub module: &'a [&'a str],
+    /// Options of the MMU service.
+    pub mmu: &'a [&'a str],
+    /// Variables of both, before those that this process has.
+    pub environment: &'a [(&'a str, &'a str)],
+}
+
 /// Both services, running.
 #[derive(Debug)]
 pub struct Local {
@@ -108,20 +119,18 @@ pub struct Local {
 }
 
 impl Local {
-    /// Starts both and waits until both are serving. The module gets `module_options` beside those
-    /// that it needs, the MMU service `mmu_options`.
-    pub async fn start(
-        stop: &Stop,
-        module_options: &[&str],
-        mmu_options: &[&str],
-    ) -> Result<Self, LocalError> {
+    /// Starts both and waits until both are serving.
+    pub async fn start(stop: &Stop, more: Options<'_>) -> Result<Self, LocalError> {
         let directory = directory()?;
         let program = std::env::current_exe().map_err(LocalError::Program)?;
         let socket = |role: Role| socket_url(directory.path(), role);
         let module_url = socket(Role::Module)?;
         let mmu_url = socket(Role::Mmu)?;
-        let options = [&["--listen", &module_url], module_options].concat();
-        let mut module = Process::spawn(&program, Role::Module, &options)?;
+        let spawn = |role: Role, options: &[&str]| {
+            Process::spawn_in(&program, role, options, more.environment)
+        };
+        let options = [&["--listen", &module_url], more.module].concat();
+        let mut module = spawn(Role::Module, &options)?;
         module.ready(&module_url, READY_LIMIT, stop).await?;
         // Short: nobody needs the VMs that an interrupted command leaves behind.
         let options = [
@@ -132,8 +141,8 @@ impl Local {
             "--drain-s",
             "2",
         ];
-        let options = [&options, mmu_options].concat();
-        let mut mmu = Process::spawn(&program, Role::Mmu, &options)?;
+        let options = [&options, more.mmu].concat();
+        let mut mmu = spawn(Role::Mmu, &options)?;
         mmu.ready(&mmu_url, READY_LIMIT, stop).await?;
         Ok(Self {
             mmu,

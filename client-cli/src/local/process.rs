@@ -40,9 +40,20 @@ pub(crate) struct Process {
 impl Process {
     /// Runs `program` as `role`.
     pub(crate) fn spawn(program: &Path, role: Role, options: &[&str]) -> Result<Self, LocalError> {
+        Self::spawn_in(program, role, options, &[])
+    }
+
+    /// The same with variables beside those of this process.
+    pub(super) fn spawn_in(
+        program: &Path,
+        role: Role,
+        options: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self, LocalError> {
         let mut child = Command::new(program)
             .arg(role.argument())
             .args(options)
+            .envs(environment.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

@@ -60,7 +60,7 @@ pub(super) fn tell_fault(
     outcome: &Result<FaultReport, Status>,
     mut attributes: Vec<KeyValue>,
 ) {
-    let slow = gate.is_slow(untraced.elapsed());
+    let slow = untraced.is_slow(gate);
     let (reason, events, error) = match outcome {
         Err(status) => (reason_of(status), Vec::new(), Some(status)),
         Ok(report) => {
@@ -98,7 +98,7 @@ pub(super) fn tell_faults(
     outcome: &Result<FaultsReport, Status>,
     mut attributes: Vec<KeyValue>,
 ) {
-    let slow = gate.is_slow(untraced.elapsed());
+    let slow = untraced.is_slow(gate);
     let (reason, events, error) = match outcome {
         Err(status) => (reason_of(status), Vec::new(), Some(status)),
         Ok(report) => {
@@ -141,7 +141,7 @@ pub(super) fn tell_run(
     outcome: &Result<RunReport, Status>,
     mut attributes: Vec<KeyValue>,
 ) {
-    let slow = gate.is_slow(untraced.elapsed());
+    let slow = untraced.is_slow(gate);
     let (reason, error) = match outcome {
         Err(status) => (reason_of(status), Some(status)),
         Ok(report) => {

@@ -14,7 +14,7 @@ use std::time::Duration;
 #[derive(Debug, Clone)]
 pub struct Gate {
     every: u64,
-    slow: Duration,
+    slow_ns: u64,
     passed: Arc<AtomicU64>,
 }
 
@@ -24,7 +24,7 @@ impl Gate {
     pub fn new(every: u32, slow: Duration) -> Self {
         Self {
             every: every.into(),
-            slow,
+            slow_ns: u64::try_from(slow.as_nanos()).unwrap_or(u64::MAX),
             passed: Arc::default(),
         }
     }
@@ -36,10 +36,11 @@ impl Gate {
         crate::is_recording() && self.count(u64::try_from(weight).unwrap_or(u64::MAX))
     }
 
-    /// Whether something that took this long is worth a span although it was not admitted.
+    /// Whether something that took this many nanoseconds is worth a span although it was not
+    /// admitted.
     #[inline]
-    pub fn is_slow(&self, elapsed: Duration) -> bool {
-        elapsed >= self.slow
+    pub(crate) fn is_slow(&self, elapsed_ns: u64) -> bool {
+        elapsed_ns >= self.slow_ns
     }
 
     /// Counts `weight`; true when the count reached or passed a multiple of N.
@@ -80,7 +81,7 @@ mod tests {
     #[test]
     fn slow_begins_at_the_threshold() {
         let gate = Gate::new(1, Duration::from_millis(10));
-        assert!(!gate.is_slow(Duration::from_micros(9_999)));
-        assert!(gate.is_slow(Duration::from_millis(10)));
+        assert!(!gate.is_slow(9_999_999));
+        assert!(gate.is_slow(10_000_000));
     }
 }

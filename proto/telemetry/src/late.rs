@@ -16,6 +16,8 @@ use opentelemetry::trace::{
 use opentelemetry::{Context, KeyValue, global};
 use quanta::Clock;
 
+use crate::Gate;
+
 /// Events of a late span.
 const MAX_EVENTS: usize = 64;
 
@@ -67,10 +69,15 @@ impl Untraced {
         }
     }
 
-    /// How long ago.
+    /// Whether this has taken so long that `gate` wants to be told.
     #[inline]
-    pub fn elapsed(&self) -> Duration {
-        CLOCK.delta(self.started, CLOCK.raw())
+    pub fn is_slow(&self, gate: &Gate) -> bool {
+        gate.is_slow(self.elapsed_ns())
+    }
+
+    #[inline]
+    fn elapsed_ns(&self) -> u64 {
+        CLOCK.delta_as_nanos(self.started, CLOCK.raw())
     }
 
     /// Makes the span of work that ends now.
@@ -80,7 +87,7 @@ impl Untraced {
 
     fn tell_with<T: Tracer>(self, tracer: &T, account: Account) {
         // In this order, so that the start is not before the work's.
-        let (elapsed, ended) = (self.elapsed(), SystemTime::now());
+        let (elapsed, ended) = (Duration::from_nanos(self.elapsed_ns()), SystemTime::now());
         let started = ended.checked_sub(elapsed).unwrap_or(ended);
         let base = Context::new();
         let context = match crate::context::parse(&self.traceparent) {
