@@ -50,7 +50,7 @@ use stop::Stop;
 
 /// Name of the program in traces.
 const SERVICE: &str = "mmuctl";
-/// Threads of the runtime: encoding, and streams side by side.
+/// Threads of the runtime for commands that work side by side.
 const WORKERS: usize = 2;
 
 /// The program: parses `args`, the program's name first, and runs the command.
@@ -124,7 +124,12 @@ fn run(cli: &Cli) -> Result<(), Failed> {
         _ => {}
     }
     let telemetry = telemetry::init_with(SERVICE, "warn", TraceIds::Always).map_err(Error::from)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    // One thread has an answer in half the time of several, where each hands it to the next.
+    let mut runtime = match cli.command.works_side_by_side() {
+        true => tokio::runtime::Builder::new_multi_thread(),
+        false => tokio::runtime::Builder::new_current_thread(),
+    };
+    let runtime = runtime
         .worker_threads(WORKERS)
         .enable_all()
         .build()

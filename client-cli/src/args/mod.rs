@@ -311,6 +311,15 @@ impl Command {
         matches!(self, Self::Fault(fault) if fault.explain)
     }
 
+    /// Whether the command encodes, reads and waits for several streams side by side. Any other makes
+    /// one call behind the other.
+    pub fn works_side_by_side(&self) -> bool {
+        matches!(
+            self,
+            Self::Demo(_) | Self::Replay(_) | Self::Chaos(_) | Self::Bench(_)
+        )
+    }
+
     /// Whether the command brings its own services along when no URL is given.
     pub fn is_local_by_default(&self) -> bool {
         matches!(
