@@ -105,7 +105,7 @@ pub struct Options<'a> {
     pub module: &'a [&'a str],
     /// Options of the MMU service.
     pub mmu: &'a [&'a str],
-    /// Variables of both, before those that this process has.
+    /// Variables of both, beside and in place of those that this process has.
     pub environment: &'a [(&'a str, &'a str)],
 }
 

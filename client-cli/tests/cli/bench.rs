@@ -60,6 +60,14 @@ fn every_benchmark_tells_a_figure_beside_its_floor() {
                 assert!(figure["recovery_s"].as_f64().unwrap() > 0.0, "{figure}");
                 assert_eq!(figures[1]["ops"], 100, "{figure}");
             }
+            "trace" => {
+                let figures = figure["figures"].as_array().unwrap();
+                let ops: Vec<u64> = figures
+                    .iter()
+                    .map(|one| one["ops"].as_u64().unwrap())
+                    .collect();
+                assert_eq!(ops, [1 << 16, 1 << 16, 4096, 1024], "{figure}");
+            }
             "growth" => {
                 let figures = figure["figures"].as_array().unwrap();
                 let size = |figure: &serde_json::Value| figure["size"].as_u64().unwrap();

@@ -6,8 +6,8 @@ use tdx_defs::Leaf;
 
 /// SEAMCALLs made, by leaf; each call of a run counts.
 ///
-/// Most operations call no leaf or a few: a list that is empty then moves with a report for next to
-/// nothing, where a number for each leaf of the ABI took a fifth of a fault that the mirror answers.
+/// Most operations call no leaf or a few, and a fault that the mirror answers calls none: its report
+/// moves several times, and half a kilobyte of zeros would cost it more than the walk.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct SeamcallCounts(
     /// Ascending by leaf; no count is 0.
