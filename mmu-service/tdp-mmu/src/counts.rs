@@ -7,7 +7,7 @@ use tdx_defs::Leaf;
 /// SEAMCALLs made, by leaf; each call of a run counts.
 ///
 /// Most operations call no leaf or a few, and a fault that the mirror answers calls none: its report
-/// moves several times, and half a kilobyte of zeros would cost it more than the walk.
+/// moves several times, and half a kilobyte of zeros would move with it.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct SeamcallCounts(
     /// Ascending by leaf; no count is 0.
